@@ -1,0 +1,40 @@
+"""Models by source string: parse, fetch, verify, convert, load, identify.
+
+Importing this package costs no torch: the three loaders are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from safeft.models.fetch import resolve
+from safeft.models.hashes import adapter_hash, weights_hash
+from safeft.models.source import Source, parse_source
+
+if TYPE_CHECKING:
+    from safeft.models.adapter import load_adapter
+    from safeft.models.load import load_model, load_tokenizer
+
+__all__ = [
+    "Source",
+    "adapter_hash",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "parse_source",
+    "resolve",
+    "weights_hash",
+]
+
+_LAZY = {
+    "load_adapter": "safeft.models.adapter",
+    "load_model": "safeft.models.load",
+    "load_tokenizer": "safeft.models.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

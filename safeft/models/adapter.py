@@ -1,0 +1,120 @@
+"""LoRA adapters: checked against the base model before they touch it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from safeft.errors import ModelError
+from safeft.models.directory import check_safetensors, read_json
+from safeft.models.explain import explain
+
+WEIGHTS = "adapter_model.safetensors"
+_LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+
+
+def load_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:
+    """Put the LoRA adapter in `directory` on `model`, in evaluation mode.
+
+    A (r × d_in) and B (d_out × r) of every module are compared with the base model first, so that
+    an adapter of another model leaves `model` as it was.
+
+    Raises:
+        ModelError: names the file, module or tensor that is missing, foreign, of a wrong shape or
+            not finite; or the adapter is no LoRA, or holds pickles.
+    """
+    directory = Path(directory)
+    config = _config(directory)
+    tensors = _tensors(directory)
+    _check_against(model, directory, config, tensors)
+    try:
+        adapted = PeftModel.from_pretrained(
+            model, str(directory), config=config, torch_device=str(model.device)
+        )
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise explain(f"{directory}: peft cannot load the adapter", error) from error
+    # Unlike us, peft leaves a module without tensors at its initial values and says nothing.
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if absent := sorted(expected.keys() - tensors.keys()):
+        adapted.unload()
+        raise ModelError(f"{directory / WEIGHTS}: lacks {absent[0]}, which its configuration adds")
+    return adapted
+
+
+def _config(directory: Path) -> LoraConfig:
+    raw = read_json(directory / "adapter_config.json")
+    if raw.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{directory / 'adapter_config.json'}: peft_type is {raw.get('peft_type')!r}; only "
+            "LORA adapters are supported"
+        )
+    try:
+        return LoraConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError) as error:
+        raise explain(
+            f"{directory / 'adapter_config.json'}: not a LoRA configuration", error
+        ) from error
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    file = directory / WEIGHTS
+    if not file.exists():
+        if (directory / "adapter_model.bin").exists():
+            raise ModelError(
+                f"{directory}: adapter_model.bin is a pickle, which can run code when loaded; "
+                f"save the adapter as {WEIGHTS}"
+            )
+        raise ModelError(f"{directory}: holds no {WEIGHTS}")
+    check_safetensors(file)
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{file}: {name} holds values that are not finite")
+    return tensors
+
+
+def _check_against(
+    model: PreTrainedModel, directory: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]
+) -> None:
+    modules = dict(model.named_modules())
+    if isinstance(config.target_modules, set | list):
+        for target in sorted(config.target_modules):
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise ModelError(f"{directory}: the base model has no module {target!r}")
+    for name, tensor in sorted(tensors.items()):
+        match = _LORA.fullmatch(name)
+        if match is None:
+            raise ModelError(
+                f"{directory / WEIGHTS}: {name} is not the A or B of a LoRA (modules_to_save, "
+                "biases, embeddings and DoRA are not supported)"
+            )
+        module = modules.get(match["module"])
+        if module is None:
+            raise ModelError(f"{directory}: the base model has no module {match['module']!r}")
+        pattern = get_pattern_key(list(config.rank_pattern), match["module"])
+        rank = config.rank_pattern.get(pattern, config.r)
+        expected = _shape(module, match["matrix"], rank)
+        if expected is None:
+            raise ModelError(f"{directory}: module {match['module']!r} is not a linear layer")
+        if tuple(tensor.shape) != expected:
+            raise ModelError(
+                f"{directory / WEIGHTS}: {name} has shape {tuple(tensor.shape)}, the base model "
+                f"and adapter_config.json ask for {expected}; is it another model's adapter?"
+            )
+
+
+def _shape(module: torch.nn.Module, matrix: str, rank: int) -> tuple[int, int] | None:
+    if isinstance(module, torch.nn.Linear):
+        d_in, d_out = module.in_features, module.out_features
+    elif isinstance(module, Conv1D):
+        d_in, d_out = module.weight.shape
+    else:
+        return None
+    return (rank, d_in) if matrix == "A" else (d_out, rank)
