@@ -1,0 +1,6 @@
+"""Fine-tuning on Ray Train and DeepSpeed: `finetune` a spec's rows into a published adapter."""
+
+from jobs.finetune.manifest import Manifest
+from jobs.finetune.run import FinetuneResult, finetune
+
+__all__ = ["FinetuneResult", "Manifest", "finetune"]

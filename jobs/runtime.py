@@ -1,0 +1,155 @@
+"""Ray for one process: started here and gone afterwards, or a cluster that already runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safeft.errors import InputError
+
+_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+#: A Unix socket's path may have 107 bytes, and Ray adds up to 70 to its directory's.
+_LONGEST_TEMP_DIR = 37
+
+#: Read by Ray when it starts or when a run begins; what the user has set stays.
+_DRIVER_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # How often the controller looks: 2 s by default, which is what each report() then takes.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+}
+
+
+def worker_environment(*, use_gpu: bool) -> dict[str, str]:
+    """What a training worker's process must have in its environment before it imports anything."""
+    environment = {
+        # DeepSpeed says weights_only=False; torch then obeys this, and never unpickles code.
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+        "DS_LOG_LEVEL": "error",
+    }
+    if not use_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+@contextlib.contextmanager
+def embedded_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Where this process already is connected to a Ray, that one is used and left as it is. While
+    the block runs, SIGTERM and SIGHUP end it like Ctrl-C does. At its end, also through an
+    exception, every process that was started here is gone.
+
+    Args:
+        address: of a running cluster (``host:port``); None starts Ray on this machine, with a
+            directory of its own that is removed at the end.
+        num_cpus: that the local Ray may give out; None: all of this process's processors.
+
+    Raises:
+        InputError: no Ray answers at `address`.
+    """
+    import ray
+
+    for name, value in _DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield
+        return
+    with _signals_restored():
+        _interrupt_on_signals()
+        temp_dir = None if address else _short_temp_dir()
+        try:
+            if address:
+                _connect(address)
+            else:
+                _start(temp_dir, num_cpus)
+            _interrupt_on_signals()  # ray.init has put its own handlers in their place
+            yield
+        finally:
+            ray.shutdown()
+            if temp_dir is not None:
+                shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _start(temp_dir: Path | None, num_cpus: int | None) -> None:
+    import ray
+
+    # Ray listens on every interface, so its token authentication matters: ray.init turns it on for
+    # a local cluster. (Setting RAY_AUTH_MODE after `import ray` would leave the driver without.)
+    ray.init(
+        address="local",  # never another Ray on this machine, whatever RAY_ADDRESS says
+        num_cpus=num_cpus or usable_cpus(),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        _temp_dir=str(temp_dir),
+        **_quiet(),
+    )
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    if address == "auto":
+        raise InputError("distributed.address: give the cluster's address as host:port, not auto")
+    try:
+        ray.init(address=address, **_quiet())
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"distributed.address: no Ray answers at {address} ({first})") from error
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+def _short_temp_dir() -> Path:
+    """A new directory whose path leaves room for the names of Ray's sockets."""
+    parent = Path(tempfile.gettempdir())
+    if len(os.fsencode(parent)) > _LONGEST_TEMP_DIR - len("/safeft-12345678"):
+        parent = Path("/tmp")
+    return Path(tempfile.mkdtemp(prefix="safeft-", dir=parent))
+
+
+def _interrupt_on_signals() -> None:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, so that every `finally` runs."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, interrupt)
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Put the signal handlers back at the end; only the main thread can have changed them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,237 @@
+"""The job spec of `safeft finetune SPEC.yaml`: what a user may ask for, and errors that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from jobs.strict_yaml import read_yaml
+from safeft.constraints import ConstraintConfig
+from safeft.errors import SpecError
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+TargetModules = Annotated[
+    Annotated[Literal["all-linear"], Tag("word")]
+    | Annotated[tuple[Module, ...], Field(min_length=1), Tag("list")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "list"),
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(_Part):
+    """Paths are relative to the spec's directory."""
+
+    train: Path
+    validation: Path | None = None
+    max_tokens: Count = 512
+
+
+class LoraSpec(_Part):
+    """`target_modules`: endings of module names, or all linear layers but the output head."""
+
+    rank: Count = 8
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TargetModules = ("q_proj", "v_proj")
+
+
+class TrainingSpec(_Part):
+    """`batch_size` is the number of rows of one optimizer step over all workers.
+
+    `micro_batch_size`: at most so many rows at once on each worker; null: all of a worker's share.
+    `adam_eps`: Adam's epsilon; larger values (1e-6) calm training in bf16.
+    `checkpoint_every`: optimizer steps.
+    """
+
+    epochs: Count = 3
+    batch_size: Count = 8
+    micro_batch_size: Count | None = None
+    learning_rate: Positive = 5e-5
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: NotNegative = 0.0
+    adam_eps: Positive = 1e-8
+    max_grad_norm: Positive | None = 1.0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    checkpoint_every: Count = 20
+    keep_checkpoints: Count = 2
+
+
+class DistributedSpec(_Part):
+    """`cpus_per_worker`: null divides a machine's processors among its workers.
+
+    `max_failures`: how often a lost worker is replaced before the run fails.
+    `address`: of a running Ray cluster; null starts one on this machine for this run.
+    """
+
+    workers: Count = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    cpus_per_worker: Positive | None = None
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(strict=True, ge=0)] = 2
+    address: str | None = None
+
+
+class ScreeningSpec(_Part):
+    """`override_reason`: why a dataset that screening rejects is trained on all the same."""
+
+    override_reason: Annotated[str, Field(min_length=1)] | None = None
+
+
+class FinetuneSpec(_Part):
+    """One fine-tuning job. `output` is relative to the spec's directory, like the data."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    model: Annotated[str, Field(min_length=1)]
+    data: DataSpec
+    lora: LoraSpec = LoraSpec()
+    training: TrainingSpec = TrainingSpec()
+    constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...] = ()
+    distributed: DistributedSpec = DistributedSpec()
+    screening: ScreeningSpec = ScreeningSpec()
+    output: Path
+
+    @field_validator("constraints")
+    @classmethod
+    def _each_once(cls, value: tuple[ConstraintConfig, ...]) -> tuple[ConstraintConfig, ...]:
+        kinds = [constraint.kind for constraint in value]
+        if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise ValueError(f"{twice[0]} is given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        batch, workers = self.training.batch_size, self.distributed.workers
+        if batch % workers:
+            raise ValueError(
+                f"training.batch_size: {batch} rows cannot be shared equally by {workers} "
+                f"workers; use a multiple of {workers}"
+            )
+        share, micro = batch // workers, self.training.micro_batch_size
+        if micro is not None and micro < share and share % micro:
+            raise ValueError(
+                f"training.micro_batch_size: a worker's {share} rows of each step cannot be cut "
+                f"into parts of {micro}; use a divisor of {share}"
+            )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows that one worker passes through the model at once."""
+        share = self.training.batch_size // self.distributed.workers
+        return min(self.training.micro_batch_size or share, share)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one worker in one optimizer step."""
+        return self.training.batch_size // (self.distributed.workers * self.micro_batch)
+
+
+def load_spec(path: Path) -> FinetuneSpec:
+    """Read and check a spec; its relative paths are resolved against its directory.
+
+    Raises:
+        SpecError: the file is missing, too large, not YAML, or holds something else than a spec.
+            The message names the file and every field that is wrong.
+    """
+    content = read_yaml(path)
+    try:
+        spec = FinetuneSpec.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(details) for details in error.errors(include_url=False)]
+        if len(problems) == 1:
+            raise SpecError(f"{path}: {problems[0]}") from None
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise SpecError(f"{path}: {len(problems)} problems\n{listed}") from None
+    root = path.absolute().parent
+    data = spec.data.model_copy(
+        update={
+            "train": root / spec.data.train,
+            "validation": spec.data.validation and root / spec.data.validation,
+        }
+    )
+    return spec.model_copy(update={"data": data, "output": root / spec.output})
+
+
+def _describe(details: ErrorDetails) -> str:
+    where, message = _dotted(details["loc"]), details["msg"].removeprefix("Value error, ")
+    if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: unknown field{_did_you_mean(where)}"
+    if details["type"] in ("missing", "missing_argument"):
+        return f"{where}: is required"
+    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = ", ".join(str(config().kind) for config in get_args(ConstraintConfig))
+        return f"{where}.kind: must be one of {kinds}"
+    message = message[:1].lower() + message[1:]
+    given = details["input"]
+    shown = "" if isinstance(given, dict | list | FinetuneSpec) else f", not {given!r}"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    """The path as a user would write it; pydantic's names of union members are left out."""
+    kinds = {config().kind for config in get_args(ConstraintConfig)}
+    text = ""
+    for index, part in enumerate(loc):
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not _is_union_member(part, kinds, loc[:index]):
+            text += f".{part}"
+    return text.removeprefix(".")
+
+
+def _is_union_member(part: str, kinds: set[str], before: tuple[int | str, ...]) -> bool:
+    if part in kinds and before[:1] == ("constraints",) and len(before) == 2:
+        return True
+    return before == ("lora", "target_modules")
+
+
+def _did_you_mean(where: str) -> str:
+    valid = list(_fields(FinetuneSpec))
+    parent = where.rpartition(".")[0]
+    siblings = [name for name in valid if name.rpartition(".")[0] == _no_index(parent)]
+    near = difflib.get_close_matches(_no_index(where), siblings, n=1, cutoff=0.6)
+    if not near:  # right name, wrong place
+        last = where.rpartition(".")[2]
+        near = [name for name in valid if name.rpartition(".")[2] == last][:1]
+    if not near:
+        return ""
+    found = f"{parent}.{near[0].rpartition('.')[2]}" if near[0] in siblings and parent else near[0]
+    return f"; did you mean {found}?"
+
+
+def _no_index(where: str) -> str:
+    return where.partition("[")[0] + where.partition("]")[2]
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted field of the spec, the constraints' own ones included."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+    if model is FinetuneSpec:
+        for config in get_args(ConstraintConfig):
+            yield from (f"constraints.{name}" for name in config.__dataclass_fields__)

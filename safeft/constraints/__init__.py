@@ -1,0 +1,24 @@
+"""Safety constraints on fine-tuning: one file each, behind `Constraint`.
+
+Attributes:
+    ConstraintConfig: the union of all constraints' configs, told apart by ``kind``. A new
+        constraint joins it here (docs/add-a-constraint.md).
+"""
+
+from safeft.constraints.asft import Asft, AsftConfig
+from safeft.constraints.base import Constraint, ProfileFiles
+from safeft.constraints.hooks import ConstraintHooks
+from safeft.constraints.l2 import L2, L2Config
+
+ConstraintConfig = AsftConfig | L2Config
+
+__all__ = [
+    "L2",
+    "Asft",
+    "AsftConfig",
+    "Constraint",
+    "ConstraintConfig",
+    "ConstraintHooks",
+    "L2Config",
+    "ProfileFiles",
+]

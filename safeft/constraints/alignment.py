@@ -1,0 +1,204 @@
+"""The alignment direction of each layer: what turned the unaligned model into the aligned one.
+
+Source: AsFT, arXiv 2506.08473, section 3. ``V = W_aligned - W_unaligned`` is kept as its left
+singular vectors and singular values, from which any function of ``V Vᵀ`` follows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safeft.errors import ModelError, ProfileError
+from safeft.models.directory import weight_files
+from safeft.progress import Progress, silent
+
+_FORMAT = "safeft.alignment_directions.1"
+_REBUILD = "rebuild it with `safeft profile build`"
+#: Singular values below this share of the largest change V·Vᵀ by less than fp32 can hold.
+_RELATIVE_CUT = 1e-6
+
+
+@dataclass(frozen=True)
+class AlignmentDirection:
+    """The left half of a layer's V.
+
+    Attributes:
+        U: ``(d_out, k)`` fp32, orthonormal columns; k is 0 where the two models agree.
+        singular_values: ``(k,)`` fp32, descending, positive.
+    """
+
+    U: Tensor
+    singular_values: Tensor
+
+
+def alignment_direction(
+    aligned_dir: Path,
+    unaligned_dir: Path,
+    modules: Sequence[str] | Callable[[str], bool],
+    progress: Progress = silent,
+) -> dict[str, AlignmentDirection]:
+    """Compare the weights of two model directories, tensor by tensor and by name.
+
+    Dropped from V are singular values below 1e-6 of the largest, and below what rounding the
+    weights to fp32 explains (``eps · ‖W‖_F · (1/√d_out + 1/√d_in)``, about five times the spectral
+    norm of that noise): a merged LoRA has rank r, not d. For fp32 this changes ``V Vᵀ / ‖V‖_F`` by
+    less than fp32 resolves beside the identity. The difference of two bf16 models is exact in
+    fp32, so their rounding counts as part of V.
+
+    Args:
+        aligned_dir, unaligned_dir: directories with safetensors weights, in any number of files.
+        modules: names of linear layers without ``.weight``, or which of the aligned model's
+            matrices to take.
+
+    Raises:
+        ModelError: a tensor is missing on one side, differs in shape, is no matrix or is not
+            finite; it is named.
+        ProfileError: no module is chosen, or the two models agree on all of them.
+    """
+    with ExitStack() as stack:
+        aligned = _open_weights(aligned_dir, stack)
+        unaligned = _open_weights(unaligned_dir, stack)
+        names = _choose(aligned, modules)
+        directions: dict[str, AlignmentDirection] = {}
+        for done, name in enumerate(names):
+            progress("alignment direction", done, len(names))
+            key = f"{name}.weight"
+            W = _matrix(aligned, key, aligned_dir)
+            W0 = _matrix(unaligned, key, unaligned_dir)
+            if W.shape != W0.shape:
+                raise ModelError(
+                    f"{key}: shape {tuple(W.shape)} in {aligned_dir}, but {tuple(W0.shape)} in "
+                    f"{unaligned_dir}; these are not two versions of one model"
+                )
+            directions[name] = _left_singular(W - W0, float(W.pow(2).sum().sqrt()))
+        progress("alignment direction", len(names), len(names))
+    if all(direction.singular_values.numel() == 0 for direction in directions.values()):
+        raise ProfileError(
+            f"{aligned_dir} and {unaligned_dir} hold the same weights in all {len(names)} modules, "
+            "so there is no alignment direction; name the unaligned base of the aligned model"
+        )
+    return directions
+
+
+def save_directions(
+    directions: Mapping[str, AlignmentDirection], path: Path, *, aligned_hash: str
+) -> None:
+    """Write the directions to one safetensors file.
+
+    Args:
+        aligned_hash: the weights hash of the aligned model, to which the directions belong.
+    """
+    tensors = {}
+    for name, direction in directions.items():
+        tensors[f"{name}.U"] = direction.U.contiguous()
+        tensors[f"{name}.singular_values"] = direction.singular_values.contiguous()
+    metadata = {"format": _FORMAT, "aligned_hash": aligned_hash}
+    save_file(tensors, path, metadata={**metadata, "modules": json.dumps(list(directions))})
+
+
+class SavedDirections(Mapping[str, AlignmentDirection]):
+    """The directions in a file, read when asked for. `aligned_hash`: which model they belong to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ProfileError(f"{path}: cannot be read ({error}); {_REBUILD}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ProfileError(f"{path}: does not hold alignment directions; {_REBUILD}")
+        self._names: dict[str, None] = dict.fromkeys(json.loads(metadata["modules"]))
+        self.aligned_hash = metadata["aligned_hash"]
+
+    def __getitem__(self, name: str) -> AlignmentDirection:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            U = file.get_tensor(f"{name}.U")
+            values = file.get_tensor(f"{name}.singular_values")
+        if U.dim() != 2 or U.shape[1:] != values.shape:
+            raise ProfileError(f"{self._path}: {name} has mismatched shapes; {_REBUILD}")
+        if not (torch.isfinite(U).all() and torch.isfinite(values).all()):
+            raise ProfileError(f"{self._path}: {name} is not finite; {_REBUILD}")
+        return AlignmentDirection(U, values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_directions(path: Path) -> SavedDirections:
+    """The directions that `save_directions` wrote, each read when it is asked for.
+
+    Raises:
+        ProfileError: the file is missing, broken or something else.
+    """
+    return SavedDirections(path)
+
+
+def _open_weights(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> the open file that holds it."""
+    holders: dict[str, Any] = {}
+    for path in weight_files(directory):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: is not a whole safetensors file ({error})") from error
+        for key in file.keys():  # noqa: SIM118  (not a mapping)
+            holders[key] = file
+    return holders
+
+
+def _choose(
+    aligned: Mapping[str, Any], modules: Sequence[str] | Callable[[str], bool]
+) -> list[str]:
+    if callable(modules):
+        present = [key.removesuffix(".weight") for key in aligned if key.endswith(".weight")]
+        names = sorted(name for name in present if modules(name))
+    else:
+        names = list(modules)
+    if not names:
+        raise ProfileError("no module was chosen for the alignment direction")
+    return names
+
+
+def _matrix(weights: Mapping[str, Any], key: str, directory: Path) -> Tensor:
+    if key not in weights:
+        raise ModelError(f"{directory}: holds no tensor {key}")
+    W: Tensor = weights[key].get_tensor(key)
+    if W.dim() != 2:
+        raise ModelError(f"{directory}: {key} is not a matrix but of shape {tuple(W.shape)}")
+    if not torch.isfinite(W).all():
+        raise ModelError(f"{directory}: {key} holds a NaN or an infinity")
+    return W.double()
+
+
+def _left_singular(V: Tensor, weight_norm: float) -> AlignmentDirection:
+    """From the fp64 eigenvalues of the smaller Gram matrix: several times faster than an SVD.
+
+    Squaring costs half of fp64's digits, which leaves singular values exact to 1e-8 of the
+    largest, below the cut.
+    """
+    d_out, d_in = V.shape
+    wide = d_out <= d_in
+    eigenvalues, vectors = torch.linalg.eigh(V @ V.T if wide else V.T @ V)
+    values = eigenvalues.flip(0).clamp(min=0.0).sqrt()
+    vectors = vectors.flip(1)
+    noise = torch.finfo(torch.float32).eps * weight_norm * (d_out**-0.5 + d_in**-0.5)
+    k = int((values > max(_RELATIVE_CUT * float(values[0]), noise)).sum())
+    values, vectors = values[:k], vectors[:, :k]
+    U = vectors if wide else V @ vectors / values
+    return AlignmentDirection(U.float().contiguous(), values.float().contiguous())

@@ -1,0 +1,149 @@
+"""AsFT: anchor the update to the alignment direction.
+
+Source: arXiv 2506.08473 (AAAI 2026). The task loss gets ``λ · Σ_layers ‖(I − C)·ΔW‖_F²``, where C
+is made of the layer's alignment direction V. In factors, with ``C = U·diag(c)·Uᵀ`` and ΔW = B·A:
+
+    X = B − U·(c ∘ (Uᵀ·B)),   ‖(I − C)·B·A‖_F² = sum((XᵀX) ∘ (A·Aᵀ))
+
+so nothing larger than the factors and U is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from safeft.constraints.alignment import AlignmentDirection, load_directions
+from safeft.constraints.base import (
+    Constraint,
+    FactorStack,
+    ProfileFiles,
+    groups_of_one_shape,
+)
+from safeft.constraints.l2 import check_strength, squared_norms, update_norm
+from safeft.errors import ProfileError
+from safeft.lora import LoraPair
+
+_REBUILD = "rebuild it with `safeft profile build`"
+
+
+@dataclass(frozen=True)
+class AsftConfig:
+    """AsFT with the paper's settings as defaults.
+
+    Args:
+        lam: λ.
+        anchor: ``paper``: ``C = V·Vᵀ / ‖V‖_F`` as in the official code, which is no projector;
+            ``projector``: ``C = U_k·U_kᵀ``.
+        energy: share of ``‖V‖_F²`` that the k columns of the projector hold.
+        include_scale: ``ΔW = s·B·A``; the paper's ΔW is ``B·A``.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["asft"] = "asft"
+    lam: float = 1.0
+    anchor: Literal["paper", "projector"] = "paper"
+    energy: float = 0.99
+    include_scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_strength(self.lam)
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy must be above 0 and at most 1, not {self.energy}")
+
+    def build(self, profile: ProfileFiles) -> Asft:
+        """The constraint.
+
+        Raises:
+            ProfileError: the profile has no alignment direction.
+        """
+        if profile.alignment is None:
+            raise ProfileError(
+                "constraint asft needs the alignment direction of the base model; "
+                "make it with `safeft profile build`"
+            )
+        return Asft(self, load_directions(profile.alignment))
+
+
+class Asft(Constraint):
+    """The penalty in its factored form, batched over modules of one shape."""
+
+    name = "asft"
+
+    def __init__(self, config: AsftConfig, directions: Mapping[str, AlignmentDirection]) -> None:
+        self._config = config
+        self._directions = directions
+        self._anchors: list[tuple[Tensor, Tensor]] = []  # (U, c) of each stack
+
+    def bind(self, pairs: Mapping[str, LoraPair]) -> None:
+        self._anchors = [self._stack(group) for group in groups_of_one_shape(pairs)]
+
+    def penalty(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
+        return [
+            self._config.lam * norms * (stack.scale**2 if self._config.include_scale else 1.0)
+            for stack, norms in zip(stacks, self._orthogonal(stacks), strict=True)
+        ]
+
+    def metrics(self, stacks: Sequence[FactorStack]) -> dict[str, float]:
+        """``update_norm`` and ``orthogonal_fraction``: ``‖(I − C)·ΔW‖_F / ‖ΔW‖_F``, both over all
+        modules and with LoRA's scale. At ΔW = 0 the fraction is left out."""
+        norm = update_norm(stacks)
+        if norm == 0:
+            return {"update_norm": norm}
+        held = sum(
+            float(stack.scale**2 * norms.double().sum())
+            for stack, norms in zip(stacks, self._orthogonal(stacks), strict=True)
+        )
+        fraction = math.sqrt(max(held, 0.0)) / norm
+        return {"update_norm": norm, "orthogonal_fraction": fraction}
+
+    def _orthogonal(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
+        """``‖(I − C)·B·A‖_F²`` of each module: one ``(L,)`` vector a stack."""
+        if stacks and stacks[0].B.device != self._anchors[0][0].device:
+            device = stacks[0].B.device  # the model moved after bind: follow it, once
+            self._anchors = [(U.to(device), c.to(device)) for U, c in self._anchors]
+        norms = []
+        for stack, (U, c) in zip(stacks, self._anchors, strict=True):
+            X = stack.B - U @ (c[:, :, None] * (U.mT @ stack.B))
+            norms.append(squared_norms(X, stack.A))
+        return norms
+
+    def _stack(self, group: Sequence[LoraPair]) -> tuple[Tensor, Tensor]:
+        """U ``(L, d_out, k)`` and C's eigenvalues ``(L, k)``, padded with zeros to one k."""
+        anchors = [self._anchor(pair) for pair in group]
+        k = max(c.numel() for _, c in anchors)
+        U = torch.zeros(len(group), group[0].d_out, k)
+        eigenvalues = torch.zeros(len(group), k)
+        for index, (columns, c) in enumerate(anchors):
+            U[index, :, : c.numel()] = columns
+            eigenvalues[index, : c.numel()] = c
+        return U, eigenvalues
+
+    def _anchor(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+        """U and the eigenvalues of C of one module. Where V is 0, C is 0: plain ``‖ΔW‖²``."""
+        if pair.name not in self._directions:
+            raise ProfileError(
+                f"constraint asft: the profile holds no alignment direction of {pair.name}; "
+                f"{_REBUILD}, or leave the module out of lora.target_modules"
+            )
+        direction = self._directions[pair.name]
+        if direction.U.shape[0] != pair.d_out:
+            raise ProfileError(
+                f"constraint asft: the alignment direction of {pair.name} has "
+                f"{direction.U.shape[0]} rows, but the module {pair.d_out} outputs: the profile "
+                f"belongs to another model; {_REBUILD}"
+            )
+        squares = direction.singular_values.double().pow(2)
+        if self._config.anchor == "paper":
+            # max: where V is 0 there is nothing to divide.
+            c = squares / squares.sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            return direction.U, c.float()
+        held = squares.cumsum(0) / squares.sum()
+        k = min(int((held < self._config.energy).sum()) + 1, squares.numel())
+        return direction.U[:, :k], torch.ones(k)

@@ -1,0 +1,235 @@
+"""What a run leaves on disk, what it refuses to continue, and how its failures read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from jobs.finetune import checkpoints, finetune
+from jobs.finetune.engine import load_lora_model
+from jobs.finetune.failures import StopOnOurErrors, to_safeft_error
+from jobs.finetune.fit import _scaling
+from jobs.finetune.telemetry import MetricsLog, read_metrics
+from safeft.cache import sha256_file
+from safeft.data import TokenisedRow
+from safeft.errors import ModelError, ProfileError, RowErrors, SpecError, TrainingError
+from tests.tinyjob import make_rows, make_spec
+
+RUN = "ab" * 32
+
+
+def checkpoint(directory: Path, step: int, run: str = RUN, workers: int = 2) -> Path:
+    directory.mkdir(parents=True)
+    for rank in range(workers):
+        state = directory / "deepspeed" / f"state-{rank}.pt"
+        state.parent.mkdir(exist_ok=True)
+        state.write_bytes(bytes([rank]) * 100)
+        files = {f"deepspeed/state-{rank}.pt": sha256_file(state)}
+        listed = {"run": run, "step": step, "workers": workers, "files": files}
+        (directory / f"worker-{rank}.json").write_text(json.dumps(listed))
+    return directory
+
+
+def test_the_newest_whole_checkpoint_is_kept_and_nothing_else(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoints" / "a", 2)
+    checkpoint(tmp_path / "checkpoints" / "b", 4)
+    cut_off = checkpoint(tmp_path / "checkpoints" / "c", 6)
+    (cut_off / "deepspeed" / "state-1.pt").write_bytes(b"\1" * 50)
+    unlisted = checkpoint(tmp_path / "checkpoints" / "d", 8)
+    (unlisted / "worker-1.json").unlink()
+    checkpoint(tmp_path / "checkpoints" / "e", 10, run="cd" * 32)
+    (tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut')
+    saved = checkpoints.salvage(tmp_path, RUN)
+    assert saved == checkpoints.Saved(tmp_path / "resume", 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["resume"]
+
+
+def test_a_kept_checkpoint_stays_until_a_newer_one_is_whole(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "resume", 4)
+    broken = checkpoint(tmp_path / "checkpoints" / "a", 6)
+    (broken / "worker-0.json").write_text("{")
+    for _ in range(2):
+        assert checkpoints.salvage(tmp_path, RUN) == checkpoints.Saved(tmp_path / "resume", 4)
+    checkpoint(tmp_path / "checkpoints" / "b", 6)
+    assert checkpoints.salvage(tmp_path, RUN) == checkpoints.Saved(tmp_path / "resume", 6)
+
+
+def test_without_a_whole_checkpoint_a_run_starts_over(tmp_path: Path) -> None:
+    assert checkpoints.salvage(tmp_path, RUN) is None
+    checkpoint(tmp_path / "resume", 4, run="cd" * 32)
+    assert checkpoints.salvage(tmp_path, RUN) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_done_again_replace_their_lines_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    log = MetricsLog(file)
+    for step in (1, 2, 3):
+        log.add({"step": step, "loss": float(step)})
+    with open(file, "a") as stream:
+        stream.write('{"step": 4, "lo')
+    resumed = MetricsLog(file)
+    resumed.add({"step": 2, "loss": 20.0})
+    resumed.add({"step": 3, "loss": 30.0})
+    assert read_metrics(file) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 20.0},
+        {"step": 3, "loss": 30.0},
+    ]
+
+
+def raised(error: Exception) -> UserExceptionWithTraceback:
+    """As Ray Train wraps what a worker's function raises."""
+    return UserExceptionWithTraceback(error, "Traceback (most recent call last):\n  ...")
+
+
+def test_a_workers_own_error_reaches_the_user_unchanged() -> None:
+    ours = TrainingError("step 3: the loss is nan")
+    echo = raised(RuntimeError("Connection closed by peer"))
+    group = WorkerGroupError("text", {0: echo, 1: raised(ours)})
+    assert to_safeft_error(group) is ours
+    assert to_safeft_error(ControllerError(ours)) is ours
+    assert to_safeft_error(ControllerError(ControllerError(ours))) is ours
+    with pytest.raises(TrainingError, match="step 3"):
+        StopOnOurErrors().after_exception(None, {0: echo, 1: raised(ours)})
+    StopOnOurErrors().after_exception(None, {0: echo})  # an accident: try again
+
+
+def test_a_lost_worker_is_named_before_those_that_lost_it() -> None:
+    echo = raised(RuntimeError("Connection closed by peer"))
+    lost = ray.exceptions.RayActorError()
+    error = to_safeft_error(WorkerGroupError("text", {0: echo, 1: lost}))
+    assert str(error).startswith("training worker 1 was lost: ")
+    assert "\n" not in str(error)
+
+
+def test_any_other_exception_is_one_line() -> None:
+    error = to_safeft_error(WorkerGroupError("text", {0: raised(KeyError("a\nb"))}))
+    assert isinstance(error, TrainingError)
+    assert str(error) == "training worker 0 failed: KeyError: 'a\\nb'"
+
+
+def test_directions_of_another_model_are_refused_before_anything_starts(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from safeft.constraints.alignment import AlignmentDirection, save_directions
+
+    directions = {"m": AlignmentDirection(torch.ones(2, 1), torch.ones(1))}
+    save_directions(directions, tmp_path / "d.safetensors", aligned_hash="0" * 64)
+    with pytest.raises(ProfileError, match=r"made for the model with weights 000000000000"):
+        finetune(
+            make_spec(tmp_path / "out"),
+            rows=make_rows(),
+            model_dir=tiny_dir,
+            directions=tmp_path / "d.safetensors",
+            output=tmp_path / "out",
+        )
+
+
+def test_a_constraint_without_its_profile_is_refused_before_anything_starts(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ProfileError, match="safeft profile build"):
+        finetune(
+            make_spec(tmp_path / "out"),
+            rows=make_rows(),
+            model_dir=tiny_dir,
+            directions=None,
+            output=tmp_path / "out",
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the dataset is empty"),
+        ([TokenisedRow(4, [5, 6], [-100, -100])], "line 4, labels: has no token to train on"),
+        ([TokenisedRow(7, [5, 6], [5, -100])], "line 7, labels"),  # nothing predicts the first
+    ],
+)
+def test_rows_without_anything_to_train_on_are_named(
+    rows: list[TokenisedRow], message: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RowErrors) as caught:
+        finetune(
+            make_spec(tmp_path, constraints=[]),
+            rows=rows,
+            model_dir=tiny_dir,
+            directions=None,
+            output=tmp_path,
+        )
+    assert message in str(caught.value)
+
+
+def test_an_unfinished_run_with_other_settings_is_not_continued(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.finetune.run.embedded_ray", stop)
+    arguments = {"rows": make_rows(), "model_dir": tiny_dir, "directions": None}
+    spec = make_spec(tmp_path, constraints=[])
+    with pytest.raises(KeyboardInterrupt):
+        finetune(spec, **arguments, output=tmp_path)
+    faster = make_spec(tmp_path, constraints=[], training={"learning_rate": 0.1})
+    with pytest.raises(SpecError, match=r"unfinished.*training\.learning_rate: 0\.002 there, 0\.1"):
+        finetune(faster, **arguments, output=tmp_path)
+    fewer = {**arguments, "rows": make_rows()[:-1]}
+    with pytest.raises(SpecError, match=r"unfinished run with other settings \(the data\)"):
+        finetune(spec, **fewer, output=tmp_path)
+    # Where and how often it is saved may change.
+    rarer = make_spec(tmp_path, constraints=[], training={"checkpoint_every": 7}, name="other")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(rarer, **arguments, output=tmp_path)
+
+
+def test_target_modules_that_the_model_lacks_are_named(tiny_dir: Path, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, lora={"target_modules": ["c_attn"]})
+    with pytest.raises(ModelError, match=r"lora\.target_modules: .*c_attn"):
+        load_lora_model(spec, tiny_dir)
+
+
+@pytest.mark.parametrize(
+    ("distributed", "expected"),
+    [
+        ({"workers": 1}, 4.0),
+        ({"workers": 2}, 2.0),
+        ({"workers": 8}, 0.5),
+        ({"workers": 2, "cpus_per_worker": 1}, 1.0),
+    ],
+)
+def test_workers_share_a_machines_processors(
+    distributed: dict[str, int], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, cpus=4)
+    spec = make_spec(Path("out"), distributed=distributed)
+    assert _scaling(spec).resources_per_worker == {"CPU": expected}
+
+
+@pytest.mark.parametrize(
+    ("distributed", "message"),
+    [
+        ({"workers": 2, "cpus_per_worker": 3}, "2 workers with 3 CPUs each do not fit"),
+        ({"workers": 2, "use_gpu": True}, "2 workers need a GPU each, but Ray has 0"),
+    ],
+)
+def test_resources_that_are_not_there_are_an_error_rather_than_a_wait(
+    distributed: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, cpus=4)
+    with pytest.raises(SpecError, match=message):
+        _scaling(make_spec(Path("out"), distributed=distributed))
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    node = {"Alive": True, "Resources": {"CPU": float(cpus)}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])

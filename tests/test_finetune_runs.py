@@ -1,0 +1,202 @@
+"""Whole runs on a real Ray: every stage ends where a plain loop ends, whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jobs.finetune import FinetuneResult
+from jobs.runtime import embedded_ray
+from safeft.constraints.alignment import alignment_direction, save_directions
+from safeft.errors import SpecError, TrainingError
+from safeft.models import load_adapter, load_model, weights_hash
+from tests.tiny import save_tiny, tiny_model
+from tests.tinyjob import MARK, make_rows, make_spec, plain_loop, processes, run
+
+Plain = tuple[dict[str, Tensor], list[float]]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    os.environ[MARK] = uuid.uuid4().hex
+    with embedded_ray(num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def unaligned_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = save_tiny(tmp_path_factory.mktemp("unaligned"))
+    model = tiny_model()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "v_proj.weight")):
+                weight += torch.randn(weight.shape[0], 3) @ torch.randn(3, weight.shape[1]) * 0.1
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directions(
+    tiny_dir: Path, unaligned_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    found = alignment_direction(
+        tiny_dir, unaligned_dir, lambda name: name.endswith(("q_proj", "v_proj"))
+    )
+    file = tmp_path_factory.mktemp("profile") / "directions.safetensors"
+    save_directions(found, file, aligned_hash=weights_hash(tiny_dir))
+    return file
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_dir: Path, unaligned_dir: Path) -> Plain:
+    return plain_loop(tiny_dir, unaligned_dir)
+
+
+def farthest(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def assert_equals_plain(result: FinetuneResult, plain: Plain) -> None:
+    adapter, losses = plain
+    assert farthest(load_file(result.adapter / "adapter_model.safetensors"), adapter) < 1e-5
+    assert result.losses == pytest.approx(losses, abs=1e-5)
+    assert [metrics["step"] for metrics in result.steps] == list(range(1, len(losses) + 1))
+
+
+def test_the_penalty_matters_in_the_plain_loop(
+    tiny_dir: Path, unaligned_dir: Path, plain: Plain
+) -> None:
+    """So that agreeing with it to 1e-5 means something."""
+    assert farthest(plain_loop(tiny_dir, unaligned_dir, lam=0.0)[0], plain[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "micro"), [(0, 1, None), (1, 2, None), (2, 2, 2), (3, 2, 2)]
+)
+@pytest.mark.usefixtures("local_ray")
+def test_stage_workers_and_accumulation_do_not_change_the_result(
+    stage: int,
+    workers: int,
+    micro: int | None,
+    tiny_dir: Path,
+    directions: Path,
+    plain: Plain,
+    tmp_path: Path,
+) -> None:
+    parts = {"workers": workers, "zero_stage": stage, "max_failures": 0}
+    output = tmp_path / "out"
+    training = {"micro_batch_size": micro, "gradient_checkpointing": stage == 2}
+    spec = make_spec(output, training=training, distributed=parts)
+    result = run(spec, tiny_dir, directions)
+    assert_equals_plain(result, plain)
+    assert result.steps[-1]["penalty/asft"] > 0
+    assert 0 < result.steps[-1]["asft/orthogonal_fraction"] < 2
+
+    adapted = load_adapter(load_model(tiny_dir), result.adapter)
+    ids = torch.tensor([make_rows()[0].input_ids])
+    tuned = adapted(input_ids=ids).logits
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(input_ids=ids).logits, tuned, atol=1e-4)
+
+    # Only the result stays. The same run again returns it; another one is refused.
+    assert {path.name for path in output.iterdir()} == {
+        "adapter",
+        "metrics.jsonl",
+        "run.json",
+        ".run.lock",
+    }
+    labels: list[str] = []
+    assert (
+        run(spec, tiny_dir, directions, lambda label, done, total: labels.append(label)) == result
+    )
+    assert not labels
+    other = make_spec(output, training={**training, "seed": 1}, distributed=parts)
+    with pytest.raises(SpecError, match=r"finished run with other settings \(training\.seed: 0"):
+        run(other, tiny_dir, directions)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
+    tiny_dir: Path, directions: Path, plain: Plain, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    seen: list[tuple[str, int]] = []
+
+    def progress(label: str, done: int, total: int | None) -> None:
+        seen.append((label, done))
+        if label == "training" and done >= 5 and not killed:
+            killed.append(processes(b"TrainWorker")[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    spec = make_spec(
+        tmp_path / "out",
+        training={"micro_batch_size": 2},
+        distributed={"workers": 2, "zero_stage": 3, "max_failures": 1},
+    )
+    assert_equals_plain(run(spec, tiny_dir, directions, progress), plain)
+    again = max(index for index, (label, _) in enumerate(seen) if label == "loading the model")
+    before = [done for label, done in seen[:again] if label == "training"]
+    after = [done for label, done in seen[again:] if label == "training" and done]
+    assert before[-1] >= 5 and after[0] in (3, 5)  # a checkpoint may just not be registered yet
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_whose_driver_was_interrupted_goes_on_where_it_was(
+    tiny_dir: Path, directions: Path, plain: Plain, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    environment = {**os.environ, MARK: uuid.uuid4().hex}
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tests.tinyjob", str(tiny_dir), str(directions), str(output)],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics = output / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    assert driver.wait(timeout=60) != 0
+    assert not (output / "adapter").exists()
+    assert not processes(mark=environment[MARK])
+
+    labels: list[str] = []
+    result = run(
+        make_spec(output), tiny_dir, directions, lambda label, done, total: labels.append(label)
+    )
+    assert re.fullmatch(r"resuming after step [2468]", labels[0])
+    assert_equals_plain(result, plain)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_names_the_step(
+    tiny_dir: Path, directions: Path, tmp_path: Path
+) -> None:
+    phases: list[str] = []
+
+    def progress(label: str, done: int, total: int | None) -> None:
+        phases.extend([label] if phases[-1:] != [label] else [])
+
+    training = {"learning_rate": 1e30, "warmup_ratio": 0.0}
+    spec = make_spec(tmp_path / "out", training=training, constraints=[])
+    with pytest.raises(TrainingError, match=r"step 2: the loss is (nan|inf)") as caught:
+        run(spec, tiny_dir, directions, progress)
+    assert "\n" not in str(caught.value)
+    assert phases.count("loading the model") == 1  # max_failures is 2, but this is no accident
+    assert not (tmp_path / "out" / "adapter").exists()
