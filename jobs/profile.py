@@ -1,0 +1,259 @@
+"""Building a safety profile: part by part, each published whole, so that a build resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, ClassVar
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from jobs.evaluate import evaluate
+from safeft.adapters import factors_of, load_factors
+from safeft.cache import discard_dir, locked, publish_dir
+from safeft.constraints.alignment import alignment_direction, save_directions
+from safeft.data import TokenisedRow
+from safeft.directions import drift, fit_dpo, fit_sft
+from safeft.errors import ProfileError
+from safeft.evaluate import JUDGE_VERSION
+from safeft.fit import FitConfig, new_adapter
+from safeft.models import load_model, load_tokenizer, weights_hash
+from safeft.profile import SafetyProfile, ScreenPolicy
+from safeft.progress import Progress, silent
+from safeft.prompts import KINDS, load_prompts, prompt_set_hash
+from safeft.reference_rows import (
+    Half,
+    benign_rows,
+    danger_rows,
+    obedient_rows,
+    opened_rows,
+    safety_pairs,
+)
+from safeft.sqsd import RowScore, SqsdScorer
+
+BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """How the SQSD parts are built. The defaults are set for the demo model.
+
+    Attributes:
+        danger, safety, state: the three trainings. The paper's rate of 5e-6 is for 8B models.
+        prompts: harmful prompts behind each direction.
+        benign: benign rows behind the direction-sensitive state.
+        drift_every: steps between two measurements of drift; the state with most drift is kept.
+        calibration: rows of each class that the threshold is set on.
+    """
+
+    danger: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=24))
+    safety: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=24))
+    state: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=40))
+    prompts: int = 192
+    benign: int = 160
+    drift_every: int = 8
+    calibration: int = 96
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+def build_profile(
+    model_dir: Path,
+    unaligned_dir: Path,
+    *,
+    root: Path | None = None,
+    config: ProfileConfig | None = None,
+    progress: Progress = silent,
+) -> SafetyProfile:
+    """Build what is missing or outdated of a base model's profile.
+
+    Args:
+        model_dir, unaligned_dir: the aligned model that tenants tune, and the model it was made
+            from, as resolved directories.
+
+    Raises:
+        ProfileError: a direction that does not separate danger from benign rows.
+        ModelError: the two models do not pair.
+    """
+    config = config or ProfileConfig()
+    profile = SafetyProfile.for_weights(weights_hash(model_dir), root)
+    build = _Build(profile, model_dir, unaligned_dir, config, progress)
+    with locked(profile.root):
+        build.run()
+    return profile
+
+
+class _Build:
+    def __init__(
+        self,
+        profile: SafetyProfile,
+        model_dir: Path,
+        unaligned_dir: Path,
+        config: ProfileConfig,
+        progress: Progress,
+    ) -> None:
+        self.profile, self.config, self.progress = profile, config, progress
+        self.model_dir, self.unaligned_dir = model_dir, unaligned_dir
+        self.tokenizer = load_tokenizer(model_dir)
+
+    def run(self) -> None:
+        config = self.config
+        prompts = {k: prompt_set_hash([p.text for p in load_prompts(k, "profile")]) for k in KINDS}
+        sqsd = {"prompts": prompts, **asdict(config)}
+        self._part("alignment", {"unaligned": weights_hash(self.unaligned_dir)}, self._alignment)
+        self._part("danger-direction", sqsd, self._danger_direction)
+        self._part("safety-direction", sqsd, self._safety_direction)
+        self._part("danger-state", sqsd, self._danger_state)
+        self._part("calibration", sqsd, self._calibration)
+        report = {k: prompt_set_hash([p.text for p in load_prompts(k, "report")]) for k in KINDS}
+        self._part("baseline", {"prompts": report, "judge": JUDGE_VERSION}, self._baseline)
+
+    def _part(self, name: str, inputs: dict[str, Any], make: Callable[[Path], None]) -> None:
+        if self.profile.built(name, inputs):
+            return
+        target = self.profile.root / name
+        if target.exists():
+            discard_dir(target)
+        with publish_dir(target) as staging:
+            make(staging)
+            (staging / "part.json").write_text(self.profile.record(name, inputs))
+
+    def _fresh(self, fit: FitConfig) -> Any:
+        return new_adapter(load_model(self.model_dir), fit)
+
+    def _alignment(self, out: Path) -> None:
+        directions = alignment_direction(
+            self.model_dir, self.unaligned_dir, _is_linear, self.progress
+        )
+        save_directions(
+            directions, out / "directions.safetensors", aligned_hash=self.profile.base_weights
+        )
+
+    def _danger_direction(self, out: Path) -> None:
+        rows = danger_rows(self.tokenizer, BUILD, self.config.prompts)
+        model = self._fresh(self.config.danger)
+        losses = fit_sft(
+            model,
+            rows,
+            self.tokenizer.pad_token_id,
+            self.config.danger,
+            "profile: danger direction",
+            self.progress,
+        )
+        _save(model, out, {"losses": losses})
+
+    def _safety_direction(self, out: Path) -> None:
+        pairs = safety_pairs(self.tokenizer, BUILD, self.config.prompts)
+        model = self._fresh(self.config.safety)
+        losses = fit_dpo(
+            model,
+            pairs,
+            self.tokenizer.pad_token_id,
+            self.config.safety,
+            "profile: safety direction",
+            self.progress,
+        )
+        _save(model, out, {"losses": losses})
+
+    def _danger_state(self, out: Path) -> None:
+        config = self.config.state
+        direction = load_factors(self.profile.path("danger-direction"))
+        rows = benign_rows(
+            load_model(self.model_dir),
+            self.tokenizer,
+            BUILD,
+            self.config.benign,
+            answer_tokens=24,
+            progress=self.progress,
+        )
+        model = self._fresh(config)
+        curve: list[tuple[int, float]] = []
+        furthest: dict[str, Any] = {}
+
+        def measure(step: int) -> bool:
+            if step % self.config.drift_every == 0 or step == config.steps:
+                curve.append((step, drift(factors_of(model), direction)))
+                if curve[-1][1] >= max(d for _, d in curve):
+                    furthest.update(
+                        {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+                    )
+            return False
+
+        losses = fit_sft(
+            model,
+            rows,
+            self.tokenizer.pad_token_id,
+            config,
+            "profile: direction-sensitive state",
+            self.progress,
+            on_step=measure,
+        )
+        set_peft_model_state_dict(model, furthest)
+        _save(model, out, {"losses": losses, "drift": curve})
+
+    def _calibration(self, out: Path) -> None:
+        n, tokenizer = self.config.calibration, self.tokenizer
+        model = load_model(self.model_dir)
+        classes: dict[str, list[TokenisedRow]] = {
+            "benign": benign_rows(
+                model, tokenizer, CALIBRATE, n, answer_tokens=32, progress=self.progress
+            ),
+            "benign, compliant opening": opened_rows(tokenizer, CALIBRATE, n // 2),
+            "danger": danger_rows(tokenizer, CALIBRATE, n // 2),
+            "obedient danger": obedient_rows(tokenizer, CALIBRATE, n // 2),
+        }
+        scorer = SqsdScorer(
+            model,
+            self.profile.danger(),
+            self.profile.safety(),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        scores: dict[str, list[RowScore]] = {}
+        for done, (name, rows) in enumerate(classes.items()):
+            self.progress("profile: calibrating the threshold", done, len(classes))
+            scores[name] = scorer.score(rows)
+        safe = [s.score for name, part in scores.items() if name.startswith("benign") for s in part]
+        danger = [s.score for name, part in scores.items() if "danger" in name for s in part]
+        policy = choose_policy(safe, danger)
+        (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
+        summary = {
+            name: [[s.score, s.danger, s.safety, s.tokens, s.trained] for s in part]
+            for name, part in scores.items()
+        }
+        (out / "scores.json").write_text(json.dumps(summary))
+        self.progress("profile: calibrating the threshold", len(classes), len(classes))
+
+    def _baseline(self, out: Path) -> None:
+        evaluate(self.model_dir, output=out / "evaluation.json", progress=self.progress)
+
+
+def choose_policy(benign: list[float], danger: list[float]) -> ScreenPolicy:
+    """The row threshold: halfway between the classes, and never below the benign 99 %.
+
+    Raises:
+        ProfileError: the scores do not tell the classes apart (AUC below 0.95): such directions
+            must not decide over anybody's data.
+    """
+    wins = sum((d > b) + 0.5 * (d == b) for d in danger for b in benign)
+    auc = wins / (len(danger) * len(benign))
+    if not auc >= 0.95:
+        raise ProfileError(
+            f"SQSD does not separate danger from benign rows on this model (AUC {auc:.2f}; "
+            "at least 0.95 is needed); train the directions longer"
+        )
+    high_benign = quantiles(benign, n=100)[98]
+    low_danger = quantiles(danger, n=20)[0]
+    return ScreenPolicy(row_threshold=max(high_benign, (high_benign + low_danger) / 2))
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith("_proj")
+
+
+def _save(model: Any, out: Path, training: dict[str, Any]) -> None:
+    model.save_pretrained(out, safe_serialization=True)
+    (out / "README.md").unlink(missing_ok=True)
+    (out / "training.json").write_text(json.dumps(training))

@@ -1,0 +1,249 @@
+"""Screening: Ray Data streams a tenant's rows through SQSD scorers; a policy makes the verdict.
+
+The result is a directory that is whole or absent: ``rows.parquet`` with one row per dataset row,
+and ``verdict.json``, bound to the dataset's bytes, the tokenisation and the profile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from safeft import __version__
+from safeft.cache import publish_dir
+from safeft.data import TokenisedRow
+from safeft.errors import InputError, MeasurementError
+from safeft.profile import SafetyProfile, ScreenPolicy
+from safeft.progress import Progress, silent
+
+ROWS_PER_BATCH = 32  # what one call of a scorer sorts by length and scores
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("line", pa.int64()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+    ]
+)
+SCORE_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("line", pa.int64()),
+        ("score", pa.float64()),
+        ("danger", pa.float64()),
+        ("safety", pa.float64()),
+        ("tokens", pa.int32()),
+        ("trained", pa.int32()),
+        ("error", pa.string()),
+    ]
+)
+
+
+class RiskyRow(BaseModel):
+    """One row above the threshold, or without a score."""
+
+    model_config = ConfigDict(extra="forbid")
+    line: int
+    score: float | None
+    error: str | None = None
+
+
+class Verdict(BaseModel):
+    """What screening decided about one dataset, and what the decision is bound to."""
+
+    model_config = ConfigDict(extra="forbid")
+    verdict: Literal["accepted", "rejected"]
+    rows: int
+    risky: int
+    unscored: int
+    risky_rows: list[RiskyRow]
+    row_threshold: float
+    max_risky_fraction: float
+    min_risky_rows: int
+    data_sha256: str
+    max_tokens: int
+    profile: str
+    code_version: str = __version__
+
+    @property
+    def reason(self) -> str:
+        """The verdict in one sentence."""
+        share = f"{self.risky} of {self.rows} rows ({self.risky / self.rows:.1%}) are risky"
+        if self.unscored:
+            share += f", {self.unscored} of them without a score"
+        return f"{share}; the policy allows {self.max_risky_fraction:.1%}"
+
+
+def decide(scores: Iterable[dict[str, Any]], policy: ScreenPolicy, **bound: Any) -> Verdict:
+    """Apply a policy to row scores. A row without a score counts as risky.
+
+    Raises:
+        MeasurementError: there are no scores at all.
+    """
+    rows = list(scores)
+    if not rows:
+        raise MeasurementError("screening scored no rows; nothing can be accepted")
+    risky = [s for s in rows if s["error"] is not None or not s["score"] <= policy.row_threshold]
+    risky.sort(key=lambda s: (s["error"] is None, -s["score"] if s["error"] is None else 0))
+    too_many = (
+        len(risky) >= policy.min_risky_rows and len(risky) > policy.max_risky_fraction * len(rows)
+    ) or len(risky) == len(rows)
+    return Verdict(
+        verdict="rejected" if too_many else "accepted",
+        rows=len(rows),
+        risky=len(risky),
+        unscored=sum(s["error"] is not None for s in rows),
+        risky_rows=[
+            RiskyRow(
+                line=s["line"],
+                score=None if s["error"] else s["score"],
+                error=s["error"],
+            )
+            for s in risky
+        ],
+        row_threshold=policy.row_threshold,
+        max_risky_fraction=policy.max_risky_fraction,
+        min_risky_rows=policy.min_risky_rows,
+        **bound,
+    )
+
+
+def screen(
+    rows: Sequence[TokenisedRow],
+    *,
+    model_dir: Path,
+    profile: SafetyProfile,
+    data_sha256: str,
+    max_tokens: int,
+    output: Path,
+    scorers: int = 1,
+    progress: Progress = silent,
+) -> Verdict:
+    """Score every row on Ray and write the verdict to ``output``; Ray must be running.
+
+    An ``output`` that already holds a verdict for the same data, tokenisation and profile is
+    returned as it is.
+
+    Raises:
+        ProfileError: the profile is missing, incomplete or for other weights.
+        InputError: ``output`` holds the verdict on something else.
+    """
+    digest = profile.digest()
+    bound = {"data_sha256": data_sha256, "max_tokens": max_tokens, "profile": digest}
+    if output.exists():
+        earlier = read_verdict(output)
+        if all(getattr(earlier, k) == v for k, v in bound.items()):
+            return earlier
+        raise InputError(f"{output} holds the screening of other data; choose another output")
+    policy = profile.policy()
+    table = pa.Table.from_pylist(
+        [
+            {"index": i, "line": r.line, "input_ids": r.input_ids, "labels": r.labels}
+            for i, r in enumerate(rows)
+        ],
+        schema=ROW_SCHEMA,
+    )
+    with publish_dir(output) as staging:
+        scores: list[dict[str, Any]] = []
+        with pq.ParquetWriter(staging / "rows.parquet", SCORE_SCHEMA) as writer:
+            for batch in _score(table, model_dir, profile, scorers):
+                writer.write_table(batch)
+                scores += batch.to_pylist()
+                progress("screening rows", len(scores), len(rows))
+        if sorted(s["index"] for s in scores) != list(range(len(rows))):
+            raise MeasurementError("screening lost or doubled rows; run it again")
+        verdict = decide(scores, policy, **bound)
+        (staging / "verdict.json").write_text(verdict.model_dump_json(indent=1))
+    return verdict
+
+
+def read_verdict(directory: Path) -> Verdict:
+    """The verdict in a screening directory.
+
+    Raises:
+        InputError: there is none, or it does not parse.
+    """
+    path = directory / "verdict.json"
+    try:
+        return Verdict.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run `safeft screen` first") from None
+    except ValueError:
+        raise InputError(f"{path} is not a screening verdict") from None
+
+
+def read_scores(directory: Path) -> list[dict[str, Any]]:
+    """The row scores in a screening directory, in the dataset's order."""
+    table = pq.read_table(directory / "rows.parquet")
+    return sorted(table.to_pylist(), key=lambda s: s["index"])
+
+
+def _score(
+    table: pa.Table, model_dir: Path, profile: SafetyProfile, scorers: int
+) -> Iterator[pa.Table]:
+    import ray.data
+
+    blocks = max(1, -(-table.num_rows // ROWS_PER_BATCH))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    threads = max(1, int(_local_cpus()) // scorers)
+    scored = (
+        ray.data.from_arrow(table)
+        .repartition(blocks)
+        .map_batches(
+            _Scorer,
+            fn_constructor_args=(str(model_dir), str(profile.root), profile.base_weights, threads),
+            batch_size=ROWS_PER_BATCH,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=scorers),
+            num_cpus=1,
+        )
+    )
+    yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _local_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Scorer:
+    """One Ray actor: the base model and both projections, loaded once."""
+
+    def __init__(self, model_dir: str, profile_root: str, base_weights: str, threads: int) -> None:
+        import torch
+
+        from safeft.models import load_model, load_tokenizer
+        from safeft.sqsd import SqsdScorer
+
+        torch.set_num_threads(threads)
+        profile = SafetyProfile(Path(profile_root), base_weights)
+        self.scorer = SqsdScorer(
+            load_model(Path(model_dir)),
+            profile.danger(),
+            profile.safety(),
+            pad_token_id=load_tokenizer(Path(model_dir)).pad_token_id,
+        )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        columns = batch.to_pydict()
+        rows = [
+            TokenisedRow(line, ids, labels)
+            for line, ids, labels in zip(
+                columns["line"], columns["input_ids"], columns["labels"], strict=True
+            )
+        ]
+        scores = self.scorer.score(rows)
+        return pa.Table.from_pylist(
+            [
+                {"index": i, **{f: getattr(s, f) for f in SCORE_SCHEMA.names if f != "index"}}
+                for i, s in zip(columns["index"], scores, strict=True)
+            ],
+            schema=SCORE_SCHEMA,
+        )

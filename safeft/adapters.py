@@ -1,0 +1,100 @@
+"""LoRA factors by base-module name: what SQSD and the directions read out of peft adapters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from safeft.errors import ModelError
+from safeft.lora import lora_pairs
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """An adapter as plain tensors: ``dW_m = scale * B_m @ A_m`` for each module ``m``.
+
+    Attributes:
+        scale: alpha / r.
+        factors: module name -> (A of shape (r, d_in), B of shape (d_out, r)), fp32.
+    """
+
+    scale: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def scaled(self, by: float) -> LoraFactors:
+        """The same adapter with its LoRA scale multiplied by ``by``."""
+        return LoraFactors(self.scale * by, self.factors)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> LoraFactors:
+        """The factors on another device and in another dtype."""
+        moved = {
+            n: (a.to(device, dtype), b.to(device, dtype)) for n, (a, b) in self.factors.items()
+        }
+        return LoraFactors(self.scale, moved)
+
+
+def load_factors(directory: Path) -> LoraFactors:
+    """Read a saved peft LoRA adapter from safetensors.
+
+    Raises:
+        ModelError: no adapter there, a factor without its pair, or a non-finite value.
+    """
+    weights, config_file = (
+        directory / "adapter_model.safetensors",
+        directory / "adapter_config.json",
+    )
+    if not weights.is_file() or not config_file.is_file():
+        raise ModelError(
+            f"{directory}: no adapter_model.safetensors with adapter_config.json there"
+        )
+    config = json.loads(config_file.read_text())
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(weights).items():
+        name, _, half = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            raise ModelError(f"{weights}: {key} is not a LoRA factor")
+        if not torch.isfinite(value).all():
+            raise ModelError(f"{weights}: {key} holds a NaN or an infinity")
+        halves.setdefault(name, {})[half[0]] = value.float()
+    for name, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise ModelError(f"{weights}: {name} has only one of its two LoRA factors")
+    factors = {name: (pair["A"], pair["B"]) for name, pair in sorted(halves.items())}
+    return LoraFactors(config["lora_alpha"] / config["r"], factors)
+
+
+def factors_of(model: Any) -> LoraFactors:
+    """The active adapter of a peft model, as detached fp32 copies on the CPU."""
+    pairs = lora_pairs(model)
+    scales = {pair.scale for pair in pairs.values()}
+    if len(scales) != 1:
+        raise ModelError("the adapter's modules have different scales")
+    factors = {
+        name: (pair.A.detach().float().cpu().clone(), pair.B.detach().float().cpu().clone())
+        for name, pair in pairs.items()
+    }
+    return LoraFactors(scales.pop(), factors)
+
+
+def linear_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Linear]:
+    """The named ``nn.Linear`` modules of a base model.
+
+    Raises:
+        ModelError: a name is missing or is no plain linear layer.
+    """
+    found = dict(model.named_modules())
+    chosen: dict[str, nn.Linear] = {}
+    for name in names:
+        module = found.get(name)
+        if not isinstance(module, nn.Linear):
+            raise ModelError(f"the base model has no linear layer named {name}")
+        chosen[name] = module
+    return chosen
