@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Python 3.11 or newer is all they need.
+#
+# torch is installed first, from wherever your pip takes it. To choose a build, name the index that
+# has it, for example one of the CPU or CUDA indexes that pytorch.org lists:
+#     make demo TORCH_INDEX=<url of the index>
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep -m1 '^torch==' constraints.txt)
+
+.PHONY: demo test lint format setup clean
+
+demo: setup
+	$(BIN)/safeft demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed
+
+# The stamp comes last: an interrupted installation is taken up again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "safeft needs Python 3.11 or newer; this is %d.%d. Choose one with PYTHON=..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,54 @@
+"""``safeft evaluate``: how often a model refuses, and how well it does its task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from cluster.cli.console import out, print_json, progress_bars
+
+if TYPE_CHECKING:
+    from jobs.evaluate import Evaluation
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter directory.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out rows: their loss is measured as well.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest held-out row.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the whole result.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure refusals on held-out harmful, benign and borderline prompts."""
+    from jobs.evaluate import evaluate as run
+    from safeft.data import load_rows
+    from safeft.models import resolve
+
+    with progress_bars() as progress:
+        result = run(
+            resolve(model, progress),
+            adapter,
+            held_out=load_rows(data) if data else None,
+            max_tokens=max_tokens,
+            output=output,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        show_evaluations({adapter.name if adapter else model: result})
+
+
+def show_evaluations(results: dict[str, Evaluation]) -> None:
+    """A table, one model a row: rates with their 95 % intervals."""
+    table = Table("model", "refuses harmful", "benign", "borderline", "task loss")
+    for name, result in results.items():
+        loss = result.task_loss
+        rates = [str(result.refusal(kind)) for kind in ("harmful", "benign", "borderline")]
+        table.add_row(name, *rates, "-" if loss is None else f"{loss:.3f}")
+    out.print(table)

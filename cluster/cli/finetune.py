@@ -1,0 +1,42 @@
+"""``safeft finetune``: the main job, from a spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cluster.cli.console import out, print_json, progress_bars
+
+
+def finetune(
+    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The job spec.")],
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Use this seed instead of the spec's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Screen a dataset, fine-tune on it under the spec's constraints, measure refusals.
+
+    A job that was interrupted goes on when it is run again. Exit code 0: the adapter may be used.
+    3: the dataset was rejected. 4: the tuned model failed the safety gate.
+    """
+    from cluster.cli.evaluate import show_evaluations
+    from jobs.pipeline import require_gate, run_job
+    from jobs.spec import load_spec
+
+    spec = load_spec(spec_file)
+    if seed is not None:
+        spec = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": seed})})
+    with progress_bars() as progress:
+        result = run_job(spec, progress)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        show_evaluations({"before": result.before, spec.name: result.after})
+        colour = "green" if result.gate.passed else "red"
+        out.print(f"[bold {colour}]{result.status}[/]: {escape(result.gate.reason)}")
+        out.print(f"adapter: {escape(result.adapter)}")
+    require_gate(result)

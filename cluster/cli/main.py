@@ -1,0 +1,105 @@
+"""The ``safeft`` command: one-line errors, exit codes with a meaning, a traceback on request.
+
+Exit codes: 0 success, 1 failure, 2 wrong input, 3 dataset rejected, 4 safety gate failed,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+
+import typer
+
+from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, screen
+from cluster.cli.console import err
+from safeft import __version__
+from safeft.cache import is_disk_full
+from safeft.errors import SafeftError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="safeft",
+    help="Safe fine-tuning for many tenants: screen the data, constrain the training, measure "
+    "refusals before anything is published.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(demo.demo)
+app.command()(doctor.doctor)
+app.command()(align.align)
+app.add_typer(profile.app, name="profile")
+app.command()(screen.screen)
+app.command()(finetune.finetune)
+app.command()(evaluate.evaluate)
+app.command()(chat.chat)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    if debug:
+        os.environ["SAFEFT_DEBUG"] = "1"
+
+
+def quiet_libraries() -> None:
+    """Nothing but results may reach stdout, and no library draws its progress over ours.
+
+    Libraries read these when they are imported, so this comes first. What the user set stays.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|deepspeed|ray)\b")
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    quiet_libraries()
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted; run the same command again to continue", style="yellow")
+        code = INTERRUPTED
+    except SafeftError as error:
+        code = _report(error, str(error), error.exit_code)
+    except OSError as error:
+        if not (is_disk_full(error) or isinstance(error, PermissionError | BrokenPipeError)):
+            raise
+        code = _report(error, f"{error.strerror}: {error.filename or 'while writing'}", 1)
+    except Exception as error:
+        # typer 0.2x carries its own usage errors, click's or vendored, with these three.
+        if not all(hasattr(error, name) for name in ("format_message", "exit_code", "show")):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        code = 2
+    sys.exit(code)
+
+
+def _report(error: BaseException, message: str, code: int) -> int:
+    if os.environ.get("SAFEFT_DEBUG"):
+        traceback.print_exception(error)
+    err.print("error:", style="bold red", end=" ")
+    err.print(message, markup=False, soft_wrap=True)
+    return code

@@ -1,0 +1,72 @@
+"""``safeft screen``: score a dataset and say whether it may be trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.cli.console import out, print_json, progress_bars
+
+if TYPE_CHECKING:
+    from jobs.screen import Verdict
+
+SHOWN_ROWS = 15
+
+
+def screen(
+    data: Annotated[Path, typer.Argument(help="Dataset: .jsonl or .parquet, plain, .gz or .zst.")],
+    model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
+    profile: Annotated[
+        Path | None, typer.Option(help="Safety profile; by default the model's in the cache.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where rows.parquet and verdict.json go; must not exist.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest row, in tokens.")] = 512,
+    scorers: Annotated[int, typer.Option(min=1, help="Scoring workers.")] = 1,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+) -> None:
+    """Score every row with SQSD and accept or reject the dataset.
+
+    Exit code 0: accepted. 3: rejected. The scores and the verdict are kept for the training job.
+    """
+    from jobs.pipeline import screen_file
+
+    with progress_bars() as progress:
+        verdict, where = screen_file(
+            data,
+            model=model,
+            profile_root=profile,
+            output=output,
+            max_tokens=max_tokens,
+            scorers=scorers,
+            address=address,
+            progress=progress,
+        )
+    if as_json:
+        print_json({**verdict.model_dump(mode="json"), "output": str(where)})
+    else:
+        show_verdict(verdict, data, where)
+    if verdict.verdict == "rejected":
+        raise typer.Exit(3)
+
+
+def show_verdict(verdict: Verdict, data: Path, where: Path) -> None:
+    """The verdict, and which rows are behind it."""
+    colour = "green" if verdict.verdict == "accepted" else "red"
+    out.print(f"[bold {colour}]{verdict.verdict}[/] {escape(str(data))}: {verdict.reason}")
+    if verdict.risky_rows:
+        table = Table("line", "SQSD", "why", title="risky rows")
+        for row in verdict.risky_rows[:SHOWN_ROWS]:
+            score = "-" if row.score is None else f"{row.score:+.2f}"
+            why = row.error or f"above {verdict.row_threshold:+.2f}"
+            table.add_row(str(row.line), score, escape(why))
+        out.print(table)
+        if (more := len(verdict.risky_rows) - SHOWN_ROWS) > 0:
+            out.print(f"... and {more} more")
+    out.print(f"row scores: {escape(str(where / 'rows.parquet'))}")

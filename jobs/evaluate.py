@@ -1,0 +1,127 @@
+"""Evaluation: refusals, over-refusals and task loss of a base model with or without an adapter.
+
+The result is one JSON file bound to the weights, the prompts and the judge; the same measurement
+asked for again is read instead of repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from safeft import __version__
+from safeft.data import Row, tokenise_all
+from safeft.errors import MeasurementError
+from safeft.evaluate import (
+    JUDGE,
+    JUDGE_VERSION,
+    Rate,
+    measure_refusals,
+    teacher_forced,
+)
+from safeft.models import adapter_hash, load_adapter, load_model, load_tokenizer, weights_hash
+from safeft.progress import Progress, silent
+from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
+
+MAX_NEW_TOKENS = 24  # the opening decides; longer answers change no class that matters here
+
+
+class Evaluation(BaseModel):
+    """What was measured on one (base, adapter) pair, and what it is bound to."""
+
+    model_config = ConfigDict(extra="forbid")
+    bound: dict[str, Any]
+    refusals: dict[str, Any]
+    task: dict[str, Any] | None
+    seconds: float
+
+    def refusal(self, kind: str) -> Rate:
+        """Refused of all answers on one prompt set; on benign sets this is over-refusal."""
+        rate = self.refusals["sets"][kind]["refusal"]
+        return Rate(rate["hits"], rate["n"])
+
+    @property
+    def task_loss(self) -> float | None:
+        """Mean loss per answer token on the held-out rows, where there were any."""
+        return self.task["loss"] if self.task else None
+
+
+def evaluate(
+    model_dir: Path,
+    adapter: Path | None = None,
+    *,
+    split: Split = "report",
+    held_out: Sequence[Row] | None = None,
+    max_tokens: int = 512,
+    output: Path | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure refusals on the project's prompt sets, and task loss on held-out rows.
+
+    Args:
+        output: a JSON file; an evaluation of the same things in it is returned as it is.
+
+    Raises:
+        ModelError: the model or adapter does not load.
+        MeasurementError: something could not be measured; there is then no evaluation.
+    """
+    sets: dict[str, list[str]] = {
+        kind: [p.text for p in load_prompts(kind, split)] for kind in KINDS
+    }
+    chats = [repr([(m.role, m.content) for m in row.messages]) for row in held_out or ()]
+    bound: dict[str, Any] = {
+        "base_weights": weights_hash(model_dir),
+        "adapter": adapter_hash(adapter) if adapter else None,
+        "split": split,
+        "prompts": {kind: prompt_set_hash(prompts) for kind, prompts in sets.items()},
+        "held_out": prompt_set_hash(chats) if chats else None,
+        "judge": [JUDGE, JUDGE_VERSION],
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "code_version": __version__,
+    }
+    if output is not None and (earlier := _read(output)) and earlier.bound == bound:
+        return earlier
+    started = time.monotonic()
+    progress("loading the model", 0, None)
+    tokenizer = load_tokenizer(model_dir)
+    model: Any = load_model(model_dir)
+    if adapter is not None:
+        # Merged: generation through separate LoRA layers costs a third more on a small model.
+        model = load_adapter(model, adapter).merge_and_unload()
+    report = measure_refusals(
+        model,
+        tokenizer,
+        sets,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=40,
+        progress=lambda label, done, total: progress(f"asking {label} prompts", done, total),
+    )
+    task = None
+    if held_out:
+        rows = tokenise_all(held_out, tokenizer, max_tokens, "held-out rows")
+        task = teacher_forced(model, rows, 8, progress).to_dict()
+    result = Evaluation(
+        bound=bound,
+        refusals=report.to_dict(),
+        task=task,
+        seconds=round(time.monotonic() - started, 1),
+    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = output.with_suffix(".part")
+        staging.write_text(result.model_dump_json(indent=1))
+        staging.replace(output)
+    return result
+
+
+def _read(path: Path) -> Evaluation | None:
+    if not path.is_file():
+        return None
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise MeasurementError(f"{path} is not an evaluation; remove it") from None

@@ -1,0 +1,23 @@
+"""The demo's report: one self-contained HTML page from one checked `DemoReport`."""
+
+from jobs.report.model import (
+    ArmReport,
+    ChatExample,
+    CurvePoint,
+    DemoReport,
+    ProfileSummary,
+    ScoredRow,
+    TenantReport,
+)
+from jobs.report.page import write_report
+
+__all__ = [
+    "ArmReport",
+    "ChatExample",
+    "CurvePoint",
+    "DemoReport",
+    "ProfileSummary",
+    "ScoredRow",
+    "TenantReport",
+    "write_report",
+]

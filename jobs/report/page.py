@@ -1,0 +1,98 @@
+"""`DemoReport` to one HTML file that needs nothing else: no network, no script, no other file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from jobs.report import facts, plots
+from jobs.report.model import DemoReport
+from safeft.evaluate import AnswerClass, classify_answer
+
+RISKY_ROWS_SHOWN = 60
+EXCERPT_CHARACTERS = 500
+
+
+def write_report(report: DemoReport, path: Path) -> None:
+    """Write the page to `path`, whole or not at all; an older page there is replaced.
+
+    Raises:
+        OSError: the directory cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        # Half a surrogate pair can come from a dataset; it is no Unicode text.
+        partial.write_bytes(render(report).encode("utf-8", errors="replace"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def render(report: DemoReport) -> str:
+    """The page's HTML. The same report gives the same text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(_FILTERS)
+    models = facts.measured(report)
+    return environment.get_template("demo.html.j2").render(
+        report=report,
+        models=models,
+        hues=plots.HUES,
+        sets=facts.SETS,
+        summary=facts.summary(report),
+        tenants=[
+            {
+                "is": tenant,
+                "confusion": facts.confusion(tenant),
+                "risky": facts.risky_lines(tenant, RISKY_ROWS_SHOWN, EXCERPT_CHARACTERS),
+                "highest": max(
+                    (row for row in tenant.scores if row.score is not None),
+                    key=lambda row: row.score or 0.0,
+                    default=None,
+                ),
+            }
+            for tenant in report.tenants
+        ],
+        rejected={t.name for t in report.tenants if t.verdict.verdict == "rejected"},
+        calibration=facts.calibration(report.profile),
+        strips=plots.score_strips(report.profile, report.tenants),
+        drift=plots.drift_curve(report.profile.drift),
+        refusals={kind: plots.refusal_panel(kind, models) for kind in facts.SETS},
+        loss=plots.loss_curves(report.arms) if any(a.curve for a in report.arms) else None,
+        penalty=plots.penalty_curves(report.arms),
+        mean_of=plots.MEAN_OF,
+        answer_classes=[kind.value for kind in AnswerClass],
+        compared=facts.compared,
+    )
+
+
+def _when(moment: datetime) -> str:
+    zone = moment.strftime("%Z") if moment.tzinfo else ""
+    return f"{moment.day} {moment:%B %Y, %H:%M} {zone}".strip()
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "percent": facts.percent,
+    "interval": facts.interval,
+    "duration": facts.duration,
+    "counted": facts.counted,
+    "number": _number,
+    "reason": facts.reason,
+    "when": _when,
+    "answer_class": lambda answer: classify_answer(answer).value,
+}
