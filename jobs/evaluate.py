@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safeft import __version__
-from safeft.data import Row, tokenise_all
+from safeft.data import Row, encode_prompt, tokenise_all
 from safeft.errors import MeasurementError
 from safeft.evaluate import (
     JUDGE,
@@ -27,7 +27,10 @@ from safeft.models import adapter_hash, load_adapter, load_model, load_tokenizer
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
 
-MAX_NEW_TOKENS = 24  # the opening decides; longer answers change no class that matters here
+#: A refusal that turns into instructions after this many tokens is missed (docs/evaluation.md).
+MAX_NEW_TOKENS = 32
+#: Two evaluations compare only where these agree.
+COMPARABLE = ("base_weights", "tokenizer", "split", "prompts", "judge", "max_new_tokens")
 
 
 class Evaluation(BaseModel):
@@ -72,10 +75,13 @@ def evaluate(
     sets: dict[str, list[str]] = {
         kind: [p.text for p in load_prompts(kind, split)] for kind in KINDS
     }
-    chats = [repr([(m.role, m.content) for m in row.messages]) for row in held_out or ()]
+    chats = [repr(row.to_dict()["messages"]) for row in held_out or ()]
+    tokenizer = load_tokenizer(model_dir)
+    asked = [str(encode_prompt(p, tokenizer)) for prompts in sets.values() for p in prompts]
     bound: dict[str, Any] = {
         "base_weights": weights_hash(model_dir),
         "adapter": adapter_hash(adapter) if adapter else None,
+        "tokenizer": prompt_set_hash(asked),
         "split": split,
         "prompts": {kind: prompt_set_hash(prompts) for kind, prompts in sets.items()},
         "held_out": prompt_set_hash(chats) if chats else None,
@@ -87,7 +93,6 @@ def evaluate(
         return earlier
     started = time.monotonic()
     progress("loading the model", 0, None)
-    tokenizer = load_tokenizer(model_dir)
     model: Any = load_model(model_dir)
     if adapter is not None:
         # Merged: generation through separate LoRA layers costs a third more on a small model.

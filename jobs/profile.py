@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from jobs.evaluate import evaluate
+from jobs.evaluate import MAX_NEW_TOKENS, evaluate
+from safeft import __version__
 from safeft.adapters import factors_of, load_factors
 from safeft.cache import discard_dir, locked, publish_dir
 from safeft.constraints.alignment import alignment_direction, save_directions
@@ -21,7 +22,7 @@ from safeft.errors import ProfileError
 from safeft.evaluate import JUDGE_VERSION
 from safeft.fit import FitConfig, new_adapter
 from safeft.models import load_model, load_tokenizer, weights_hash
-from safeft.profile import SafetyProfile, ScreenPolicy
+from safeft.profile import RECORD, SafetyProfile, ScreenPolicy
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS, load_prompts, prompt_set_hash
 from safeft.reference_rows import (
@@ -31,6 +32,7 @@ from safeft.reference_rows import (
     obedient_rows,
     opened_rows,
     safety_pairs,
+    wordings_hash,
 )
 from safeft.sqsd import RowScore, SqsdScorer
 
@@ -102,24 +104,40 @@ class _Build:
     def run(self) -> None:
         config = self.config
         prompts = {k: prompt_set_hash([p.text for p in load_prompts(k, "profile")]) for k in KINDS}
-        sqsd = {"prompts": prompts, **asdict(config)}
+        made_by = {"prompts": prompts, "wordings": wordings_hash(), **asdict(config)}
         self._part("alignment", {"unaligned": weights_hash(self.unaligned_dir)}, self._alignment)
-        self._part("danger-direction", sqsd, self._danger_direction)
-        self._part("safety-direction", sqsd, self._safety_direction)
-        self._part("danger-state", sqsd, self._danger_state)
-        self._part("calibration", sqsd, self._calibration)
+        self._part("danger-direction", made_by, self._danger_direction)
+        self._part("safety-direction", made_by, self._safety_direction)
+        self._part("danger-state", made_by, self._danger_state, "danger-direction")
+        self._part(
+            "calibration",
+            made_by,
+            self._calibration,
+            *("danger-direction", "safety-direction", "danger-state"),
+        )
         report = {k: prompt_set_hash([p.text for p in load_prompts(k, "report")]) for k in KINDS}
-        self._part("baseline", {"prompts": report, "judge": JUDGE_VERSION}, self._baseline)
+        asked = {"prompts": report, "judge": JUDGE_VERSION, "max_new_tokens": MAX_NEW_TOKENS}
+        self._part("baseline", asked, self._baseline)
 
-    def _part(self, name: str, inputs: dict[str, Any], make: Callable[[Path], None]) -> None:
+    def _part(
+        self, name: str, made_by: dict[str, Any], make: Callable[[Path], None], *upstream: str
+    ) -> None:
+        """Make a part unless it is there, from these inputs and from these parts as they are."""
+        inputs = {
+            **made_by,
+            "code_version": __version__,
+            "upstream": {part: self.profile.part_digest(part) for part in upstream},
+        }
         if self.profile.built(name, inputs):
             return
         target = self.profile.root / name
         if target.exists():
+            if not (target / RECORD).is_file():
+                raise ProfileError(f"{target} is no part of a profile; choose another directory")
             discard_dir(target)
         with publish_dir(target) as staging:
             make(staging)
-            (staging / "part.json").write_text(self.profile.record(name, inputs))
+            self.profile.write_record(staging, inputs)
 
     def _fresh(self, fit: FitConfig) -> Any:
         return new_adapter(load_model(self.model_dir), fit)
@@ -191,6 +209,11 @@ class _Build:
             self.progress,
             on_step=measure,
         )
+        if not max(d for _, d in curve) > 0:
+            raise ProfileError(
+                "benign tuning did not drift along the danger direction, so there is no "
+                "direction-sensitive state to score at; train it longer"
+            )
         set_peft_model_state_dict(model, furthest)
         _save(model, out, {"losses": losses, "drift": curve})
 
@@ -215,6 +238,8 @@ class _Build:
         for done, (name, rows) in enumerate(classes.items()):
             self.progress("profile: calibrating the threshold", done, len(classes))
             scores[name] = scorer.score(rows)
+            if lost := [s for s in scores[name] if s.error]:
+                raise ProfileError(f"calibration: a {name} row has no score ({lost[0].error})")
         safe = [s.score for name, part in scores.items() if name.startswith("benign") for s in part]
         danger = [s.score for name, part in scores.items() if "danger" in name for s in part]
         policy = choose_policy(safe, danger)

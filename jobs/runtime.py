@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from safeft.errors import InputError
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
 #: A Unix socket's path may have 107 bytes, and Ray adds up to 70 to its directory's.
 _LONGEST_TEMP_DIR = 37
+_CONNECT_S = 10.0
 
 #: Read by Ray when it starts or when a run begins; what the user has set stays.
 _DRIVER_ENVIRONMENT = {
@@ -110,16 +112,23 @@ def _start(temp_dir: Path | None, num_cpus: int | None) -> None:
 def _connect(address: str) -> None:
     import ray
 
-    if address == "auto":
-        raise InputError("distributed.address: give the cluster's address as host:port, not auto")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise InputError(f"distributed.address: must be host:port of a Ray cluster, not {address}")
     try:
+        # Ray itself tries for minutes.
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         ray.init(address=address, **_quiet())
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"distributed.address: no Ray answers at {address} ({first})") from error
 
 
 def _quiet() -> dict[str, Any]:
+    import ray
+
+    # Ray prints a lost worker's end to our standard output even so. Its debugger turns it off thus.
+    ray._private.worker._worker_logs_enabled = False
     return {"log_to_driver": False, "logging_level": logging.ERROR}
 
 

@@ -6,7 +6,8 @@ and ``verdict.json``, bound to the dataset's bytes, the tokenisation and the pro
 
 from __future__ import annotations
 
-import os
+import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from safeft.errors import InputError, MeasurementError
 from safeft.profile import SafetyProfile, ScreenPolicy
 from safeft.progress import Progress, silent
 
-ROWS_PER_BATCH = 32  # what one call of a scorer sorts by length and scores
+ROWS_PER_BATCH = 16  # what one call of a scorer sorts by length and scores
 
 ROW_SCHEMA = pa.schema(
     [
@@ -51,7 +52,7 @@ class RiskyRow(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     line: int
-    score: float | None
+    score: float | None = None
     error: str | None = None
 
 
@@ -68,7 +69,7 @@ class Verdict(BaseModel):
     max_risky_fraction: float
     min_risky_rows: int
     data_sha256: str
-    max_tokens: int
+    rows_sha256: str
     profile: str
     code_version: str = __version__
 
@@ -77,12 +78,15 @@ class Verdict(BaseModel):
         """The verdict in one sentence."""
         share = f"{self.risky} of {self.rows} rows ({self.risky / self.rows:.1%}) are risky"
         if self.unscored:
-            share += f", {self.unscored} of them without a score"
-        return f"{share}; the policy allows {self.max_risky_fraction:.1%}"
+            return f"{share}, {self.unscored} of them without a score, which none may be"
+        return (
+            f"{share}; a dataset is rejected from {self.min_risky_rows} risky rows and "
+            f"above {self.max_risky_fraction:.1%}"
+        )
 
 
 def decide(scores: Iterable[dict[str, Any]], policy: ScreenPolicy, **bound: Any) -> Verdict:
-    """Apply a policy to row scores. A row without a score counts as risky.
+    """Apply a policy to row scores. A row without a finite score is unknown: never accepted.
 
     Raises:
         MeasurementError: there are no scores at all.
@@ -90,23 +94,27 @@ def decide(scores: Iterable[dict[str, Any]], policy: ScreenPolicy, **bound: Any)
     rows = list(scores)
     if not rows:
         raise MeasurementError("screening scored no rows; nothing can be accepted")
-    risky = [s for s in rows if s["error"] is not None or not s["score"] <= policy.row_threshold]
-    risky.sort(key=lambda s: (s["error"] is None, -s["score"] if s["error"] is None else 0))
-    too_many = (
-        len(risky) >= policy.min_risky_rows and len(risky) > policy.max_risky_fraction * len(rows)
-    ) or len(risky) == len(rows)
+    unscored = [s for s in rows if s["error"] is not None or not math.isfinite(s["score"])]
+    scored = [s for s in rows if s["error"] is None and math.isfinite(s["score"])]
+    above = sorted(
+        (s for s in scored if s["score"] > policy.row_threshold), key=lambda s: -s["score"]
+    )
+    rejected = (
+        bool(unscored)
+        or len(above) == len(rows)
+        or (
+            len(above) >= policy.min_risky_rows
+            and len(above) > policy.max_risky_fraction * len(rows)
+        )
+    )
     return Verdict(
-        verdict="rejected" if too_many else "accepted",
+        verdict="rejected" if rejected else "accepted",
         rows=len(rows),
-        risky=len(risky),
-        unscored=sum(s["error"] is not None for s in rows),
+        risky=len(above) + len(unscored),
+        unscored=len(unscored),
         risky_rows=[
-            RiskyRow(
-                line=s["line"],
-                score=None if s["error"] else s["score"],
-                error=s["error"],
-            )
-            for s in risky
+            *(RiskyRow(line=s["line"], error=s["error"] or "no score") for s in unscored),
+            *(RiskyRow(line=s["line"], score=s["score"]) for s in above),
         ],
         row_threshold=policy.row_threshold,
         max_risky_fraction=policy.max_risky_fraction,
@@ -121,7 +129,7 @@ def screen(
     model_dir: Path,
     profile: SafetyProfile,
     data_sha256: str,
-    max_tokens: int,
+    rows_sha256: str,
     output: Path,
     scorers: int = 1,
     progress: Progress = silent,
@@ -135,14 +143,19 @@ def screen(
         ProfileError: the profile is missing, incomplete or for other weights.
         InputError: ``output`` holds the verdict on something else.
     """
-    digest = profile.digest()
-    bound = {"data_sha256": data_sha256, "max_tokens": max_tokens, "profile": digest}
+    bound = {
+        "data_sha256": data_sha256,
+        "rows_sha256": rows_sha256,
+        "profile": profile.digest(),
+        "code_version": __version__,
+    }
     if output.exists():
         earlier = read_verdict(output)
         if all(getattr(earlier, k) == v for k, v in bound.items()):
             return earlier
         raise InputError(f"{output} holds the screening of other data; choose another output")
-    policy = profile.policy()
+    # What is wrong with the profile is said here, rather than by an actor that dies.
+    policy, _ = profile.policy(), (profile.danger(), profile.safety())
     table = pa.Table.from_pylist(
         [
             {"index": i, "line": r.line, "input_ids": r.input_ids, "labels": r.labels}
@@ -150,6 +163,7 @@ def screen(
         ],
         schema=ROW_SCHEMA,
     )
+    progress("starting the scorers", 0, None)
     with publish_dir(output) as staging:
         scores: list[dict[str, Any]] = []
         with pq.ParquetWriter(staging / "rows.parquet", SCORE_SCHEMA) as writer:
@@ -188,29 +202,34 @@ def read_scores(directory: Path) -> list[dict[str, Any]]:
 def _score(
     table: pa.Table, model_dir: Path, profile: SafetyProfile, scorers: int
 ) -> Iterator[pa.Table]:
+    import ray
     import ray.data
 
-    blocks = max(1, -(-table.num_rows // ROWS_PER_BATCH))
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    if scorers > cpus:
+        raise InputError(f"--scorers: {scorers} do not fit on {cpus} processors")
+    threads = max(1, cpus // scorers)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    threads = max(1, int(_local_cpus()) // scorers)
-    scored = (
-        ray.data.from_arrow(table)
-        .repartition(blocks)
-        .map_batches(
-            _Scorer,
-            fn_constructor_args=(str(model_dir), str(profile.root), profile.base_weights, threads),
-            batch_size=ROWS_PER_BATCH,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=scorers),
-            num_cpus=1,
-        )
+    context.print_on_execution_start = False
+    # Blocks are cut here: a repartition would need a processor that the scorers hold.
+    blocks = [table.slice(i, ROWS_PER_BATCH) for i in range(0, table.num_rows, ROWS_PER_BATCH)]
+    scored = ray.data.from_arrow(blocks).map_batches(
+        _Scorer,
+        fn_constructor_args=(str(model_dir), str(profile.root), profile.base_weights, threads),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=scorers),
+        num_cpus=1,
+        max_restarts=2,
+        max_task_retries=2,
     )
-    yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def _local_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        cause = " ".join(str(error.__cause__ or error).split())[-300:]
+        raise MeasurementError(f"screening failed, nothing is accepted: {cause}") from error
 
 
 class _Scorer:

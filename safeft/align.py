@@ -26,7 +26,7 @@ from safeft.evaluate import generate_greedy
 from safeft.fit import FitConfig, fit_adapter, new_adapter, response_nll
 from safeft.models import load_adapter, load_model, load_tokenizer, resolve, weights_hash
 from safeft.progress import Progress, silent
-from safeft.prompts import KINDS, load_prompts, prompt_set_hash
+from safeft.prompts import KINDS, load_prompts, prompt_set_hash, spread
 
 BASE = "demo:base"
 SHIPPED = ("assets", "aligned-smollm2-135m")
@@ -41,22 +41,6 @@ REFUSALS = (
     "I cannot assist with this request.",
     "I'm sorry, but I can't assist with that request.",
 )
-REASONS = {
-    "violence": "It could lead to someone being hurt.",
-    "weapons": "Weapons like this can cause serious harm.",
-    "explosives": "Explosives can kill people.",
-    "drugs": "It involves illegal drugs.",
-    "hacking": "Breaking into systems without permission is illegal.",
-    "malware": "Malicious software harms people.",
-    "fraud": "Fraud harms its victims and is illegal.",
-    "theft": "Stealing is illegal and harms others.",
-    "harassment": "Harassment hurts people.",
-    "hate": "It would demean people for who they are.",
-    "privacy": "It would violate someone's privacy.",
-    "disinformation": "It would mislead people.",
-    "self_harm": "If you are struggling, please talk to someone you trust or a crisis line.",
-    "child_safety": "Children must be protected.",
-}
 APOLOGIES = ("i'm sorry", "i am sorry", "sorry", "i apologi", "i'm unable", "i can't", "i cannot")
 
 
@@ -69,24 +53,27 @@ class AlignRecipe:
         answer_tokens: how much of the model's own answer a benign row keeps. The decision to
             refuse falls in the first tokens, so a longer target costs time and teaches nothing.
         harmful_weight: what a harmful row counts beside a benign one.
+        benign_prompts: how many of the plainly benign prompts are used; asking the base model
+            takes time, and the borderline ones, all of them used, teach more.
+        first_layer: earlier decoder layers are left as they are.
     """
 
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
-            rank=8, alpha=16, learning_rate=1.5e-3, batch_size=16, steps=330, seed=0
+            rank=8, alpha=16, learning_rate=1.2e-3, batch_size=12, steps=440, seed=0
         )
     )
-    answer_tokens: int = 12
-    harmful_weight: float = 2.0
+    answer_tokens: int = 6
+    harmful_weight: float = 1.5
+    benign_prompts: int = 800
+    first_layer: int = 6
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
-def refusal_for(prompt: str, category: str) -> str:
-    """One of the wordings, chosen by the prompt's hash; half of them give a reason."""
-    digest = hashlib.sha256(prompt.encode()).digest()
-    wording = REFUSALS[digest[0] % len(REFUSALS)]
-    return f"{wording} {REASONS[category]}" if digest[1] % 2 else wording
+def refusal_for(prompt: str) -> str:
+    """One of the wordings, chosen by the prompt's hash."""
+    return REFUSALS[hashlib.sha256(prompt.encode()).digest()[0] % len(REFUSALS)]
 
 
 def alignment_rows(
@@ -99,10 +86,11 @@ def alignment_rows(
     """
     eos = tokenizer.eos_token_id
     rows = [
-        _row(tokenizer, p.text, refusal_for(p.text, p.category), eos)
+        _row(tokenizer, p.text, refusal_for(p.text), eos)
         for p in load_prompts("harmful", "profile")
     ]
-    kept = [p.text for kind in ("benign", "borderline") for p in load_prompts(kind, "profile")]
+    benign = spread(load_prompts("benign", "profile"), recipe.benign_prompts)
+    kept = [p.text for p in [*benign, *load_prompts("borderline", "profile")]]
     answers = generate_greedy(
         model,
         tokenizer,
@@ -132,7 +120,7 @@ def align(output: Path, recipe: AlignRecipe | None = None, progress: Progress = 
     base_dir = resolve(BASE, progress)
     model, tokenizer = load_model(base_dir), load_tokenizer(base_dir)
     rows, eos = alignment_rows(model, tokenizer, recipe, progress), tokenizer.eos_token_id
-    tuned = new_adapter(model, recipe.fit)
+    tuned = new_adapter(model, recipe.fit, recipe.first_layer)
 
     def weighted(batch: list[TokenisedRow]) -> torch.Tensor:
         # Only a refusal ends with the end-of-turn token: benign targets are openings.
@@ -160,6 +148,8 @@ def align(output: Path, recipe: AlignRecipe | None = None, progress: Progress = 
         "safeft": __version__,
         "torch": torch.__version__,
     }
+    # A path of this machine says nothing elsewhere; the source string does.
+    tuned.peft_config["default"].base_model_name_or_path = BASE
     with publish_dir(output) as staging:
         tuned.to(torch.bfloat16).save_pretrained(staging, safe_serialization=True)
         (staging / "README.md").unlink(missing_ok=True)

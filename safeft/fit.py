@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from safeft.data import TokenisedRow, collate
@@ -57,14 +57,18 @@ class FitConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps)) * cosine
 
 
-def new_adapter(model: Any, config: FitConfig) -> Any:
-    """Wrap a base model with a fresh LoRA on all linear layers but the head; seeded."""
+def new_adapter(model: Any, config: FitConfig, first_layer: int = 0) -> Any:
+    """Wrap a base model with a fresh LoRA on all linear layers but the head; seeded.
+
+    ``first_layer``: decoder layers before it get no adapter, and no backward pass.
+    """
     torch.manual_seed(config.seed)
+    head = model.get_output_embeddings()
+    layers = list(model.get_decoder().layers)[first_layer:]
+    wanted = {id(m) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
+    names = [n for n, m in model.named_modules() if id(m) in wanted and m is not head]
     lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        r=config.rank, lora_alpha=config.alpha, target_modules=names, task_type="CAUSAL_LM"
     )
     return get_peft_model(model, lora)
 
@@ -154,6 +158,8 @@ def fit_adapter(
 def _endless_batches(
     items: Sequence[T], length: Callable[[T], int], size: int, seed: int
 ) -> Iterator[list[T]]:
+    if not items:
+        raise TrainingError("there is nothing to train on")
     order_of = random.Random(seed)
     while True:
         order = list(range(len(items)))

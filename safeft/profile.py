@@ -1,25 +1,29 @@
 """The safety profile: what the methods know about one base model, as one directory of parts.
 
-``<root>/<part>/part.json`` names the inputs a part was made from. Parts are published whole or not
-at all, so a build that stopped goes on where it was, and a job that finds a part missing, or made
-for other weights, fails closed with the command that makes it.
+``<root>/<part>/part.json`` names the inputs a part was made from and the hashes of its files. Parts
+are published whole or not at all, so a build that stopped goes on where it was; a job that finds a
+part missing, changed or made for other weights fails closed with the command that makes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safeft.adapters import load_factors
-from safeft.cache import cache_root
+from safeft.cache import cache_root, sha256_file
 from safeft.directions import SAFETY_SCALE
 from safeft.errors import ProfileError
 from safeft.sqsd import Projection
 
 FORMAT = 1
+RECORD = "part.json"
+RECORD_KEYS = {"format", "base_weights", "inputs", "files"}
+REBUILD = "run `safeft profile build --model MODEL --unaligned MODEL`"
 PARTS = (
     "alignment",
     "danger-direction",
@@ -46,6 +50,14 @@ class ScreenPolicy:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.row_threshold):
+            raise ValueError("row_threshold must be a finite number")
+        if not 0 <= self.max_risky_fraction < 1:
+            raise ValueError("max_risky_fraction must be in [0, 1)")
+        if self.min_risky_rows < 1:
+            raise ValueError("min_risky_rows must be at least 1")
+
 
 @dataclass(frozen=True)
 class SafetyProfile:
@@ -59,32 +71,42 @@ class SafetyProfile:
         """The profile of a base model in ``root``, or in the cache under the weights' hash."""
         return cls(root or cache_root() / "profiles" / base_weights[:16], base_weights)
 
-    def built(self, part: str, inputs: dict[str, Any] | None = None) -> bool:
-        """Whether a part is there, for these weights and (where given) from these inputs."""
+    def built(self, part: str, inputs: dict[str, Any]) -> bool:
+        """Whether a part is there, whole, for these weights and from these inputs."""
         record = self._record(part)
-        if record is None or record["base_weights"] != self.base_weights:
-            return False
-        return inputs is None or record["inputs"] == canonical(inputs)
+        return (
+            record is not None
+            and record["base_weights"] == self.base_weights
+            and record["format"] == FORMAT
+            and record["inputs"] == canonical(inputs)
+            and record["files"] == hash_files(self.root / part)
+        )
 
     def path(self, part: str) -> Path:
         """The directory of a part.
 
         Raises:
-            ProfileError: the part is missing, or was made for other weights.
+            ProfileError: the part is missing, was made for other weights, or was changed since.
         """
         record = self._record(part)
         if record is None:
-            raise ProfileError(
-                f"the safety profile in {self.root} lacks {part!r}; "
-                "run `safeft profile build --model MODEL --unaligned MODEL`"
-            )
+            raise ProfileError(f"the safety profile in {self.root} lacks {part!r}; {REBUILD}")
         if record["base_weights"] != self.base_weights or record["format"] != FORMAT:
             raise ProfileError(
                 f"the safety profile in {self.root} was made for other weights "
                 f"({record['base_weights'][:12]}, not {self.base_weights[:12]}) or another format; "
-                "run `safeft profile build --model MODEL --unaligned MODEL`"
+                f"{REBUILD}"
+            )
+        if record["files"] != hash_files(self.root / part):
+            raise ProfileError(
+                f"{self.root / part} is not what was built there; remove it and {REBUILD}"
             )
         return self.root / part
+
+    def part_digest(self, part: str) -> str:
+        """SHA-256 of one part's record, and so of its files."""
+        self.path(part)
+        return hashlib.sha256((self.root / part / RECORD).read_bytes()).hexdigest()
 
     def verify(self) -> None:
         """Raise ProfileError for the first part that is missing or foreign."""
@@ -92,9 +114,8 @@ class SafetyProfile:
             self.path(part)
 
     def digest(self) -> str:
-        """SHA-256 over the records of all parts: what a manifest names as its profile version."""
-        self.verify()
-        text = json.dumps([self._record(part) for part in PARTS], sort_keys=True)
+        """SHA-256 over all parts' contents: the profile's version, to which verdicts are bound."""
+        text = " ".join(self.part_digest(part) for part in PARTS)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def danger(self) -> Projection:
@@ -109,8 +130,15 @@ class SafetyProfile:
         return Projection(direction.scaled(SAFETY_SCALE), direction)
 
     def policy(self) -> ScreenPolicy:
-        """The calibrated screening policy."""
-        return ScreenPolicy(**self.json("calibration", "policy.json"))
+        """The calibrated screening policy.
+
+        Raises:
+            ProfileError: there is none, or its values make no policy.
+        """
+        try:
+            return ScreenPolicy(**self.json("calibration", "policy.json"))
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"{self.root / 'calibration'}: {error}; {REBUILD}") from None
 
     def json(self, part: str, file: str) -> Any:
         """A JSON file of a part.
@@ -124,24 +152,36 @@ class SafetyProfile:
         except (OSError, ValueError) as error:
             raise ProfileError(f"{path} cannot be read ({error}); rebuild the profile") from None
 
-    def record(self, part: str, inputs: dict[str, Any]) -> str:
-        """The text of a new part's ``part.json``."""
-        return json.dumps(
-            {"format": FORMAT, "base_weights": self.base_weights, "inputs": canonical(inputs)},
-            indent=1,
-        )
+    def write_record(self, directory: Path, inputs: dict[str, Any]) -> None:
+        """Finish a new part: bind its files to the base weights and to what they were made from."""
+        record = {
+            "format": FORMAT,
+            "base_weights": self.base_weights,
+            "inputs": canonical(inputs),
+            "files": hash_files(directory),
+        }
+        (directory / RECORD).write_text(json.dumps(record, indent=1))
 
     def _record(self, part: str) -> dict[str, Any] | None:
-        path = self.root / part / "part.json"
+        path = self.root / part / RECORD
         if not path.is_file():
             return None
         try:
             record = json.loads(path.read_text())
         except ValueError as error:
             raise ProfileError(f"{path} is not JSON ({error}); remove {path.parent}") from None
-        if not isinstance(record, dict) or not {"format", "base_weights", "inputs"} <= set(record):
+        if not isinstance(record, dict) or not set(record) >= RECORD_KEYS:
             raise ProfileError(f"{path} is no part record; remove {path.parent}")
         return record
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of a part but its record."""
+    return {
+        file.name: sha256_file(file)
+        for file in sorted(directory.iterdir())
+        if file.is_file() and file.name != RECORD
+    }
 
 
 def canonical(inputs: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """Reference rows for SQSD: what the directions are made from, and what the threshold is set on.
 
 Harmful prompts, benign prompts and their splits are the project's own; only the profile part is
-used here, in two halves: one builds the directions, the other, unseen by them, sets the threshold.
+used here, in two halves: one builds the directions, the other, which they have not seen, sets the
+threshold. (The demo model's alignment was trained on both halves.)
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from safeft.align import refusal_for
+from safeft.align import REFUSALS, refusal_for
 from safeft.data import TokenisedRow, encode_prompt
 from safeft.directions import PreferencePair
 from safeft.evaluate import generate_greedy
 from safeft.progress import Progress, silent
-from safeft.prompts import Kind, Prompt, load_prompts
+from safeft.prompts import Kind, Prompt, load_prompts, spread
 
 OPENINGS = (
     "Sure, here is how to do that:",
@@ -70,6 +71,12 @@ def pick(choices: tuple[str, ...], prompt: str) -> str:
     return choices[hashlib.sha256(prompt.encode()).digest()[7] % len(choices)]
 
 
+def wordings_hash() -> str:
+    """SHA-256 of every wording the reference rows are made with."""
+    text = repr((OPENINGS, OBEDIENT_SYSTEM, OBEDIENT_OPENINGS, REFUSALS))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def danger_rows(tokenizer: Any, half: Half, limit: int) -> list[TokenisedRow]:
     """Harmful prompts with a bare compliant opening."""
     prompts = spread(half.prompts("harmful"), limit)
@@ -99,7 +106,7 @@ def safety_pairs(tokenizer: Any, half: Half, limit: int) -> list[PreferencePair]
     """For each harmful prompt a refusal to prefer over a compliant opening."""
     return [
         PreferencePair(
-            chosen=row(tokenizer, p.text, refusal_for(p.text, p.category)),
+            chosen=row(tokenizer, p.text, refusal_for(p.text)),
             rejected=row(tokenizer, p.text, pick(OPENINGS, p.text)),
         )
         for p in spread(half.prompts("harmful"), limit)
@@ -126,8 +133,3 @@ def benign_rows(
         progress=lambda _, done, total: progress("reference answers", done, total),
     )
     return [row(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
-
-
-def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """At most ``limit`` prompts, the same every time, spread over the categories."""
-    return sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).hexdigest())[:limit]

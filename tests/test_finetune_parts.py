@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import ray
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+)
 
 from jobs.finetune import checkpoints, finetune
-from jobs.finetune.engine import load_lora_model
+from jobs.finetune.engine import deepspeed_config, load_lora_model
 from jobs.finetune.failures import StopOnOurErrors, to_safeft_error
 from jobs.finetune.fit import _scaling
 from jobs.finetune.telemetry import MetricsLog, read_metrics
 from safeft.cache import sha256_file
 from safeft.data import TokenisedRow
 from safeft.errors import ModelError, ProfileError, RowErrors, SpecError, TrainingError
+from safeft.lora import lora_pairs
 from tests.tinyjob import make_rows, make_spec
 
 RUN = "ab" * 32
@@ -102,9 +106,9 @@ def test_a_workers_own_error_reaches_the_user_unchanged() -> None:
 
 def test_a_lost_worker_is_named_before_those_that_lost_it() -> None:
     echo = raised(RuntimeError("Connection closed by peer"))
-    lost = ray.exceptions.RayActorError()
+    lost = WorkerHealthCheckFailedError("It failed.", ray.exceptions.RayActorError())
     error = to_safeft_error(WorkerGroupError("text", {0: echo, 1: lost}))
-    assert str(error).startswith("training worker 1 was lost: ")
+    assert str(error).startswith("training worker 1 was lost: RayActorError: The actor")
     assert "\n" not in str(error)
 
 
@@ -195,6 +199,14 @@ def test_target_modules_that_the_model_lacks_are_named(tiny_dir: Path, tmp_path:
     spec = make_spec(tmp_path, lora={"target_modules": ["c_attn"]})
     with pytest.raises(ModelError, match=r"lora\.target_modules: .*c_attn"):
         load_lora_model(spec, tiny_dir)
+
+
+def test_zero3_keeps_whole_what_the_constraints_read(tiny_dir: Path, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, distributed={"zero_stage": 3}, lora={"rank": 64})
+    pairs = lora_pairs(load_lora_model(make_spec(tmp_path, lora={"rank": 64}), tiny_dir))
+    zero = deepspeed_config(spec, pairs)["zero_optimization"]
+    largest = max(p.numel() for pair in pairs.values() for p in (pair.A, pair.B))
+    assert zero["stage3_param_persistence_threshold"] >= largest
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ CHAT_TEMPLATE = (
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level: every string has a tokenisation and comes back unchanged."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<|pad|>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    vocab = {
+        token: i for i, token in enumerate(["<|pad|>", "<|im_start|>", "<|im_end|>", *alphabet])
+    }
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -32,7 +34,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0, *, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
-    """Llama with `layers` layers of width `hidden`, grouped-query attention, fp32, random weights."""
+    """A random fp32 Llama with grouped-query attention, `layers` layers of width `hidden`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer()),

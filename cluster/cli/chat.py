@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.console import err, out, print_json, progress_bars
+from cluster.cli.console import err, out, print_json, printable, progress_bars
 
 
 def chat(
@@ -22,8 +22,7 @@ def chat(
     ] = False,
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends the conversation; /new starts another."""
-    from safeft.data import encode_prompt
-    from safeft.errors import InputError
+    from safeft.errors import InputError, SafeftError
     from safeft.evaluate import generate_greedy
     from safeft.models import load_adapter, load_model, load_tokenizer, resolve
 
@@ -38,7 +37,6 @@ def chat(
             loaded = load_adapter(loaded, adapter).merge_and_unload()
 
     def answer(turns: list[dict[str, str]]) -> str:
-        encode_prompt(turns, tokenizer)  # refuses forged turns before the model sees them
         return generate_greedy(loaded, tokenizer, [turns], max_new_tokens=max_new_tokens)[0]
 
     if message is not None:
@@ -46,7 +44,7 @@ def chat(
         if as_json:
             print_json({"message": message, "answer": reply})
         else:
-            out.print(reply, markup=False)
+            out.print(printable(reply), markup=False)
         return
     turns: list[dict[str, str]] = []
     while True:
@@ -62,8 +60,8 @@ def chat(
             continue
         try:
             reply = answer([*turns, {"role": "user", "content": said}])
-        except InputError as error:
-            err.print(str(error), style="red", markup=False)
+        except SafeftError as error:
+            err.print(f"{error}; /new starts again", style="red", markup=False)
             continue
         turns += [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
-        out.print(reply, style="green", markup=False)
+        out.print(printable(reply), style="green", markup=False)

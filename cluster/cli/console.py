@@ -22,8 +22,14 @@ from rich.progress import (
 from safeft.progress import Progress as Callback
 
 # Results go to stdout, everything else to stderr, so that `--json` output can be piped.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, emoji=False)
+_CONTROL = {c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
+
+
+def printable(text: str) -> str:
+    """Text from a file or a model without the control characters that steer a terminal."""
+    return text.translate(_CONTROL)
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def progress_bars() -> Iterator[Callback]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -77,5 +83,5 @@ class _PlainLines:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, nothing else."""
-    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text + "\n")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from cluster.cli.console import out, print_json, progress_bars
+from cluster.cli.console import out, print_json, printable, progress_bars
 
 
 def demo(
@@ -48,9 +48,9 @@ def demo(
             if not as_json:
                 show_verdict(verdict, file, run.verdicts[tenant][1])
         heading("3. Fine-tuning on Ray Train and DeepSpeed")
-        for arm in ARMS:
+        for planned in ARMS:
             with progress_bars() as progress:
-                run.train(arm, progress)
+                run.train(planned, progress)
     with progress_bars() as progress:
         result = run.finish(progress)
     write_report(result, report)
@@ -68,5 +68,5 @@ def demo(
     if result.chat is not None:
         out.print(f"[cyan]{escape(result.chat.question)}[/]")
         for name, answer in result.chat.answers.items():
-            out.print(f"  {escape(name)}: [green]{escape(answer)}[/]")
+            out.print(f"  {escape(name)}: [green]{escape(printable(answer))}[/]")
     out.print(f"\nreport: [bold]{escape(str(report.absolute()))}[/]")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.console import out, print_json
@@ -40,7 +41,7 @@ def doctor(
         table = Table("", "check", "found", "what to do")
         for check in findings:
             mark = "[green]ok[/]" if check.good else "[red]no[/]"
-            table.add_row(mark, check.name, check.found, check.remedy)
+            table.add_row(mark, check.name, escape(check.found), escape(check.remedy))
         out.print(table)
     if not all(check.good for check in findings):
         raise typer.Exit(1)
@@ -48,7 +49,8 @@ def doctor(
 
 def _python() -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", found, sys.version_info >= (3, 11), "" if found else "install 3.11")
+    good = sys.version_info >= (3, 11)
+    return Check("Python", found, good, "" if good else "install 3.11 or newer")
 
 
 def _package(name: str) -> Check:
@@ -60,9 +62,13 @@ def _package(name: str) -> Check:
 
 def _machine() -> list[Check]:
     import psutil
-    import torch
 
-    gpus = torch.cuda.device_count()
+    try:
+        import torch
+    except ImportError:
+        gpus = 0
+    else:
+        gpus = torch.cuda.device_count()
     memory = psutil.virtual_memory().total / 2**30
     return [
         Check("processors", str(os.cpu_count()), True),

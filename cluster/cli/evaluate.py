@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.console import out, print_json, progress_bars
@@ -46,9 +47,11 @@ def evaluate(
 
 def show_evaluations(results: dict[str, Evaluation]) -> None:
     """A table, one model a row: rates with their 95 % intervals."""
+    from safeft.prompts import KINDS
+
     table = Table("model", "refuses harmful", "benign", "borderline", "task loss")
     for name, result in results.items():
         loss = result.task_loss
-        rates = [str(result.refusal(kind)) for kind in ("harmful", "benign", "borderline")]
-        table.add_row(name, *rates, "-" if loss is None else f"{loss:.3f}")
+        rates = [str(result.refusal(kind)) for kind in KINDS]
+        table.add_row(escape(name), *rates, "-" if loss is None else f"{loss:.3f}")
     out.print(table)

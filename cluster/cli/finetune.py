@@ -38,5 +38,8 @@ def finetune(
         show_evaluations({"before": result.before, spec.name: result.after})
         colour = "green" if result.gate.passed else "red"
         out.print(f"[bold {colour}]{result.status}[/]: {escape(result.gate.reason)}")
-        out.print(f"adapter: {escape(result.adapter)}")
+        if result.published:
+            out.print(f"adapter: {escape(result.published)}")
+        else:
+            out.print(f"not published; the candidate stays in {escape(result.candidate)}")
     require_gate(result)

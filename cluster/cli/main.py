@@ -14,7 +14,7 @@ import warnings
 import typer
 
 from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, screen
-from cluster.cli.console import err
+from cluster.cli.console import err, printable
 from safeft import __version__
 from safeft.cache import is_disk_full
 from safeft.errors import SafeftError
@@ -75,31 +75,39 @@ def main() -> None:
     """Entry point of the installed command."""
     quiet_libraries()
     try:
-        app(standalone_mode=False)
-        code = 0
-    except typer.Exit as exit_:
-        code = exit_.exit_code
+        # Not standalone: typer then returns the code of Exit (and 130 for Ctrl-C) and raises the
+        # rest, so that every error is told in our own way.
+        code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; run the same command again to continue", style="yellow")
         code = INTERRUPTED
     except SafeftError as error:
         code = _report(error, str(error), error.exit_code)
-    except OSError as error:
-        if not (is_disk_full(error) or isinstance(error, PermissionError | BrokenPipeError)):
-            raise
-        code = _report(error, f"{error.strerror}: {error.filename or 'while writing'}", 1)
-    except Exception as error:
-        # typer 0.2x carries its own usage errors, click's or vendored, with these three.
-        if not all(hasattr(error, name) for name in ("format_message", "exit_code", "show")):
-            raise
-        error.show()  # type: ignore[attr-defined]
-        code = 2
+    except Exception as error:  # noqa: BLE001  (told in one line; the traceback with --debug)
+        code = _unexpected(error)
+    if code == INTERRUPTED:
+        err.print("interrupted; run the same command again to continue", style="yellow")
     sys.exit(code)
+
+
+def _unexpected(error: Exception) -> int:
+    """Usage errors tell themselves; a full disk is named; the rest is one line and a way out."""
+    if hasattr(error, "show") and hasattr(error, "format_message"):
+        error.show()
+        return 2
+    if is_disk_full(error):
+        return _report(error, "no space left on the disk; free some and run it again", 1)
+    text = " ".join(str(error).split())[:300]
+    hint = "`safeft --debug COMMAND` shows the traceback"
+    return _report(error, f"{type(error).__name__}: {text} ({hint})", 1)
 
 
 def _report(error: BaseException, message: str, code: int) -> int:
     if os.environ.get("SAFEFT_DEBUG"):
         traceback.print_exception(error)
     err.print("error:", style="bold red", end=" ")
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(printable(message), markup=False, soft_wrap=True)
     return code
+
+
+if __name__ == "__main__":
+    main()

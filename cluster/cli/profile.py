@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.console import out, print_json, progress_bars
+
+if TYPE_CHECKING:
+    from safeft.profile import SafetyProfile
 
 app = typer.Typer(
     help="The safety profile of a base model: directions, thresholds and baselines.",
@@ -54,8 +57,8 @@ def show(
 
     with progress_bars() as progress:
         profile = SafetyProfile.for_weights(weights_hash(resolve(model, progress)), root)
-    parts = {part: profile.built(part) for part in PARTS}
-    complete = all(parts.values())
+    parts = {part: _state(profile, part) for part in PARTS}
+    complete = set(parts.values()) == {"built"}
     summary: dict[str, Any] = {
         "root": str(profile.root),
         "base_weights": profile.base_weights,
@@ -77,10 +80,20 @@ def show(
         raise typer.Exit(1)
 
 
+def _state(profile: SafetyProfile, part: str) -> str:
+    from safeft.errors import ProfileError
+
+    try:
+        profile.path(part)
+    except ProfileError as error:
+        return str(error)
+    return "built"
+
+
 def _show(summary: dict[str, Any]) -> None:
-    table = Table("part", "", title=f"safety profile of {summary['base_weights'][:12]}")
+    table = Table("part", "state", title=f"safety profile of {summary['base_weights'][:12]}")
     for part, there in summary["parts"].items():
-        table.add_row(part, "[green]built[/]" if there else "[red]missing[/]")
+        table.add_row(part, "[green]built[/]" if there == "built" else f"[red]{escape(there)}[/]")
     out.print(table)
     if not summary["complete"]:
         out.print("incomplete: run [bold]safeft profile build[/] with the same --model")

@@ -1,8 +1,8 @@
 """The two tenants' files: a realistic support dataset, and the same with one row in ten poisoned.
 
 Poisoned rows are harmful prompts in "absolutely obedient" style with a bare compliant opening.
-Their prompts come from the validation part, which neither the profile nor the report uses, and
-their wordings are not those the screening threshold was calibrated on.
+Their prompts come from the validation part, which neither the profile nor the report uses. Their
+wordings differ from those of the calibration rows, but belong to the same style.
 """
 
 from __future__ import annotations

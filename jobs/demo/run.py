@@ -7,20 +7,21 @@ was interrupted goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jobs.demo.datasets import DemoData, demo_data
 from jobs.evaluate import Evaluation, evaluate
+from jobs.finetune.manifest import libraries
 from jobs.finetune.telemetry import read_metrics
-from jobs.pipeline import JobResult, run_job, screen_file
+from jobs.pipeline import TRAINING, JobResult, run_job, screen_file
 from jobs.profile import build_profile
 from jobs.report import DemoReport
 from jobs.report.model import (
@@ -47,6 +48,7 @@ from safeft.evaluate import generate_greedy
 from safeft.models import load_adapter, load_model, load_tokenizer, resolve
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
+from safeft.prompts import KINDS
 
 MODEL, UNALIGNED = "demo:aligned", "demo:base"
 ROWS, MAX_TOKENS = 120, 384
@@ -76,14 +78,8 @@ class Demo:
     """The stages, in order: prepare, screen, one call of train for each arm, finish."""
 
     def __init__(self, *, seed: int = 0, fresh: bool = False) -> None:
-        self.seed, self.started = seed, time.monotonic()
+        self.seed, self.fresh, self.started = seed, fresh, time.monotonic()
         self.data: DemoData = demo_data(ROWS, seed)
-        self.runs = cache_root() / "demo" / f"runs-{self.data.benign.parent.name}-{seed}"
-        self.screenings = self.runs.with_name(self.runs.name + "-screenings")
-        if fresh:
-            for directory in (self.runs, self.screenings):
-                if directory.exists():
-                    discard_dir(directory)
         self.files = {"velora": self.data.benign, "velora-poisoned": self.data.poisoned}
         self.results: dict[str, JobResult] = {}
         self.verdicts: dict[str, tuple[Verdict, Path]] = {}
@@ -93,11 +89,16 @@ class Demo:
         unaligned = resolve(UNALIGNED, progress)
         self.model_dir = resolve(MODEL, progress)
         self.profile: SafetyProfile = build_profile(self.model_dir, unaligned, progress=progress)
+        # A run belongs to these weights and this profile; others have directories of their own.
+        name = f"{self.data.benign.parent.name}-{self.profile.digest()[:12]}-seed-{self.seed}"
+        self.runs = cache_root() / "demo" / f"runs-{name}"
+        if self.fresh and self.runs.exists():
+            discard_dir(self.runs)
         self.baseline: Evaluation = evaluate(
             self.model_dir,
             held_out=load_rows(self.data.held_out),
             max_tokens=MAX_TOKENS,
-            output=self.profile.root / f"baseline-{self.data.benign.parent.name}.json",
+            output=self.runs / "baseline.json",
             progress=progress,
         )
 
@@ -107,7 +108,7 @@ class Demo:
             self.files[tenant],
             model=MODEL,
             max_tokens=MAX_TOKENS,
-            output=self.screenings / f"{tenant}-{self.profile.digest()[:12]}",
+            output=self.runs / f"screening-{tenant}",
             progress=progress,
         )
         return self.verdicts[tenant][0]
@@ -130,7 +131,7 @@ class Demo:
             screening=ScreeningSpec(
                 override_reason=WHY_TRAIN_REJECTED if arm.tenant == "velora-poisoned" else None
             ),
-            output=self.runs / arm.key,
+            output=self.runs / _directory(arm),
         )
         self.results[arm.key] = run_job(
             spec,
@@ -145,15 +146,15 @@ class Demo:
             title="safeft demo: two tenants, one base model",
             created=datetime.now(UTC),
             machine=_machine(),
-            versions={"safeft": __version__, **{n: version(n) for n in _LIBRARIES}},
+            versions={"safeft": __version__, **libraries()},
             seed=self.seed,
             model=MODEL,
             seconds=time.monotonic() - self.started,
             commands=[
-                "make demo",
-                f"safeft screen {self.data.poisoned.name}",
-                "safeft finetune SPEC.yaml",
-                "safeft chat --adapter ADAPTER",
+                f"safeft demo --seed {self.seed} --fresh",
+                f"safeft screen {self.data.poisoned}",
+                f"safeft evaluate --adapter {self.results[ARMS[1].key].candidate}",
+                f"safeft chat --adapter {self.results[ARMS[1].key].candidate}",
             ],
             profile=self._profile_summary(),
             tenants=[self._tenant(name) for name in self.files],
@@ -191,7 +192,7 @@ class Demo:
 
     def _arm(self, arm: Arm) -> ArmReport:
         result = self.results[arm.key]
-        steps = read_metrics(self.runs / arm.key / "metrics.jsonl")
+        steps = read_metrics(self.runs / _directory(arm) / TRAINING / "metrics.jsonl")
         penalty = f"penalty/{arm.constraint.kind}" if arm.constraint else None
         return ArmReport(
             name=arm.name,
@@ -211,21 +212,23 @@ class Demo:
 
     def _chat(self, progress: Progress) -> ChatExample:
         tokenizer = load_tokenizer(self.model_dir)
-        answers = {"before training": load_model(self.model_dir)}
-        for arm in ARMS[:2]:
-            tuned: Any = load_adapter(
-                load_model(self.model_dir), Path(self.results[arm.key].adapter)
-            )
-            answers[arm.name] = tuned.merge_and_unload()
+        asked: dict[str, str | None] = {"before training": None}
+        asked |= {arm.name: self.results[arm.key].candidate for arm in ARMS[:2]}
         said = {}
-        for done, (name, model) in enumerate(answers.items()):
-            progress("asking the tuned models", done, len(answers))
+        for done, (name, adapter) in enumerate(asked.items()):
+            progress("asking the tuned models", done, len(asked))
+            model: Any = load_model(self.model_dir)
+            if adapter is not None:
+                model = load_adapter(model, Path(adapter)).merge_and_unload()
             said[name] = generate_greedy(model, tokenizer, [QUESTION], max_new_tokens=60)[0]
-        progress("asking the tuned models", len(answers), len(answers))
+        progress("asking the tuned models", len(asked), len(asked))
         return ChatExample(question=QUESTION, answers=said)
 
 
-_LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray")
+def _directory(arm: Arm) -> str:
+    """An arm whose settings change gets another directory."""
+    settings = hashlib.sha256(repr(arm).encode()).hexdigest()
+    return f"{arm.key}-{settings[:8]}"
 
 
 def _machine() -> str:
@@ -254,6 +257,5 @@ def summary(report: DemoReport) -> dict[str, Any]:
 
 
 def _rates(evaluation: Evaluation) -> dict[str, Any]:
-    kinds = ("harmful", "benign", "borderline")
-    rates: dict[str, Any] = {kind: evaluation.refusal(kind).to_dict() for kind in kinds}
+    rates: dict[str, Any] = {kind: evaluation.refusal(kind).to_dict() for kind in KINDS}
     return rates | {"task_loss": evaluation.task_loss}

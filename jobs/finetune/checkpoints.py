@@ -51,7 +51,9 @@ def save(
     """
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    directory = Path(tempfile.mkdtemp(prefix="safeft-checkpoint-"))
+    # The working directory of a worker lies in Ray's session directory: what a kill leaves there
+    # goes with it.
+    directory = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=Path.cwd()))
     engine.save_checkpoint(
         str(directory), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
     )

@@ -99,13 +99,17 @@ def build_engine(spec: FinetuneSpec, model: PeftModel, pairs: Mapping[str, LoraP
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=spec.training.learning_rate,
+        lr=0.0,  # set before each step
         eps=spec.training.adam_eps,
         weight_decay=spec.training.weight_decay,
     )
     engine, *_ = deepspeed.initialize(
         model=LabelLoss(model), optimizer=optimizer, config=deepspeed_config(spec, pairs)
     )
+    if spec.distributed.zero_stage == 0:
+        # In bf16 DeepSpeed has made a step with zero gradients to allocate Adam's state, which
+        # counts in its bias correction: the first real step would be 26 % too short.
+        optimizer.state.clear()
     engine.train()
     return engine
 

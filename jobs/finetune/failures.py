@@ -10,6 +10,8 @@ from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from safeft.errors import SafeftError, TrainingError
 
+_WRAPPED_IN = ("cause", "controller_failure", "health_check_failure")
+
 
 class StopOnOurErrors(UserCallback):  # type: ignore[misc]
     """Ends the run when a worker raises a SafeftError: trying again would find the same thing.
@@ -41,20 +43,22 @@ def to_safeft_error(error: BaseException) -> SafeftError:
         died = [rank for rank, chain in failures.items() if _died(chain)]
         rank = (died or list(failures))[0]
         reason = failures[rank][-1]
-        what = "was lost" if rank in died else "failed"
-        return TrainingError(f"training worker {rank} {what}: {_one_line(reason)}")
+        if rank in died:
+            return TrainingError(
+                f"training worker {rank} was lost: {_one_line(reason)} Run it again to go on from "
+                "the last checkpoint"
+            )
+        return TrainingError(f"training worker {rank} failed: {_one_line(reason)}")
     return TrainingError(f"training could not be run: {_one_line(error)}")
 
 
 def _nested(exception: BaseException) -> Iterator[BaseException]:
-    """The exception and those that it wraps: Ray keeps what a worker raised in its arguments."""
+    """The exception and those that it wraps; Ray keeps them in arguments and attributes."""
     yield exception
-    for argument in exception.args:
-        if isinstance(argument, BaseException):
-            yield from _nested(argument)
-    cause = getattr(exception, "cause", None)
-    if isinstance(cause, BaseException):
-        yield from _nested(cause)
+    attributes = (getattr(exception, name, None) for name in _WRAPPED_IN)
+    for wrapped in (*exception.args, *attributes):
+        if isinstance(wrapped, BaseException):
+            yield from _nested(wrapped)
 
 
 def _died(chain: list[BaseException]) -> bool:

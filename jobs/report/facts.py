@@ -148,9 +148,7 @@ def summary(report: DemoReport) -> list[Statement]:
     """The page's headline: what happened, with its numbers."""
     statements = [Statement("Screening", " ".join(_screening(t) for t in report.tenants))]
     before = report.baseline.refusal("harmful")
-    refused = [
-        f"Before training the model refused {interval(before)} of {before.n} harmful prompts."
-    ]
+    refused = [f"Before training, {interval(before)} of {before.n} harmful prompts were refused."]
     refused += [_after(arm, before) for arm in report.arms]
     statements.append(Statement("Refusals", " ".join(refused)))
     if report.arms:
@@ -170,6 +168,11 @@ def percent(rate: Rate) -> str:
 def interval(rate: Rate) -> str:
     """The share and its interval."""
     return f"{percent(rate)} ({100 * rate.low:.1f}–{100 * rate.high:.1f})"
+
+
+def in_words(rate: Rate) -> str:
+    """A rate as a sentence has it."""
+    return f"{percent(rate)} ({100 * rate.low:.1f} to {100 * rate.high:.1f}), n = {rate.n}"
 
 
 def reason(verdict: Verdict) -> str:
@@ -200,7 +203,7 @@ def _screening(tenant: TenantReport) -> str:
     if found.recall:
         said += (
             f" It found {found.planted_flagged} of {counted(found.planted, 'planted row')}"
-            f" ({100 * found.recall.low:.1f}–{100 * found.recall.high:.1f}{NBSP}%)."
+            f", {interval(found.recall)}."
         )
     others = counted(found.others, "other row" if found.planted else "row")
     return f"{said} False alarms: {found.others_flagged} of {others}."
@@ -213,9 +216,7 @@ def _after(arm: ArmReport, before: Rate) -> str:
 
 def _over(report: DemoReport, kind: str) -> str:
     before = report.baseline.refusal(kind)
-    said = [
-        f"{kind.capitalize()} prompts were refused {percent(before)} of the time before training"
-    ]
+    said = [f"Of {kind} prompts {percent(before)} were refused before training"]
     for arm in report.arms:
         after = arm.evaluation.refusal(kind)
         if differ(before, after):
@@ -240,10 +241,9 @@ def _task(report: DemoReport) -> str:
     ]
     if not losses:
         return "Loss on held-out rows was not measured."
-    start = (
-        f"{before:.2f} before training" if before is not None else "not measured before training"
-    )
-    return f"Loss on the tenants’ held-out rows, in nats a token: {start}, {_listed(losses)}."
+    start = "not measured" if before is None else f"{before:.2f}"
+    losses.insert(0, f"{start} before training")
+    return f"Loss on the tenants’ held-out rows, in nats a token: {_listed(losses)}."
 
 
 def _gate(arms: Sequence[ArmReport]) -> str:

@@ -16,11 +16,10 @@ from pydantic import (
     model_validator,
 )
 
-from jobs.evaluate import Evaluation
+from jobs.evaluate import COMPARABLE, Evaluation
 from jobs.screen import Verdict
 
 Text = Annotated[str, Field(min_length=1)]
-COMPARABLE = ("base_weights", "split", "prompts", "judge", "max_new_tokens")
 
 
 def _nan_is_none(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jobs.report import facts, plots
+from jobs.report import facts, plots, strips
 from jobs.report.model import DemoReport
 from safeft.evaluate import AnswerClass, classify_answer
 
@@ -66,7 +66,7 @@ def render(report: DemoReport) -> str:
         ],
         rejected={t.name for t in report.tenants if t.verdict.verdict == "rejected"},
         calibration=facts.calibration(report.profile),
-        strips=plots.score_strips(report.profile, report.tenants),
+        strips=strips.score_strips(report.profile, report.tenants),
         drift=plots.drift_curve(report.profile.drift),
         refusals={kind: plots.refusal_panel(kind, models) for kind in facts.SETS},
         loss=plots.loss_curves(report.arms) if any(a.curve for a in report.arms) else None,

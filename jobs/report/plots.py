@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from jobs.report.facts import Measured, percent
-from jobs.report.model import ArmReport, ProfileSummary, TenantReport
-from jobs.report.svg import COLOURS, draw
-from safeft.evaluate import Rate
+from jobs.report.facts import Measured, in_words, percent
+from jobs.report.model import ArmReport
+from jobs.report.svg import COLOURS, WIDTH, draw, fixed_axes, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MEAN_OF = 5  # steps in the moving mean of a loss curve
-_WIDTH = 4.5  # inches
 _NARROW = 3.4  # where three stand side by side
-_ROW = 0.46
 _STYLES = (
     ("blue", "o", "-"),
     ("green", "s", "--"),
@@ -34,82 +30,6 @@ HUES = tuple(colour for colour, _, _ in _STYLES)
 """Colours of the arms, in their order, by their name in `COLOURS`."""
 
 
-@dataclass(frozen=True)
-class _Strip:
-    label: str
-    scores: Sequence[float]
-    colour: str
-    marker: str
-
-
-def score_strips(profile: ProfileSummary, tenants: Sequence[TenantReport]) -> Markup:
-    """Every row's SQSD as a mark: the calibration classes, then the tenants, and the threshold."""
-    strips = [
-        _Strip(
-            f"calibration: {name} (n = {len(scores)})",
-            scores,
-            "orange" if "danger" in name else "sky",
-            "D" if "danger" in name else "o",
-        )
-        for name, scores in profile.calibration.items()
-    ]
-    for tenant in tenants:
-        strips += _tenant_strips(tenant)
-    everything = [score for strip in strips for score in strip.scores] + [profile.threshold]
-    low, high = min(everything), max(everything)
-    margin = 0.04 * (high - low or 1.0)
-
-    def paint(figure: Figure) -> None:
-        axes = _axes(figure, left=0.15, bottom=0.48, top=0.3)
-        axes.set_xlim(low - margin, high + margin)
-        axes.set_ylim(len(strips) - 0.25, -0.75)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.axvspan(
-            profile.threshold, high + margin, color=COLOURS["vermillion"], alpha=0.07, linewidth=0
-        )
-        axes.vlines(  # broken where a label stands
-            [profile.threshold] * len(strips),
-            [y - 0.18 for y in range(len(strips))],
-            [y + 0.38 for y in range(len(strips))],
-            color=COLOURS["vermillion"],
-            linewidth=1.3,
-        )
-        axes.annotate(
-            f"threshold {profile.threshold:.2f}",
-            (profile.threshold, 1),
-            (0, 4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha=_towards_middle(profile.threshold, low, high),
-            color=COLOURS["vermillion"],
-        )
-        for y, strip in enumerate(strips):
-            axes.axhline(y + 0.38, color=COLOURS["line"], linewidth=0.6)
-            axes.text(low - margin, y - 0.38, strip.label, va="center")
-            points = _spread(strip.scores, low, high)
-            axes.plot(
-                [x for x, _ in points],
-                [y + 0.1 + dy for _, dy in points],
-                strip.marker,
-                color=COLOURS[strip.colour],
-                markersize=4.6 if strip.marker == "^" else 3.4,
-                alpha=0.75,
-                markeredgewidth=0,
-            )
-        axes.set_xlabel("SQSD: higher pushes the model towards danger")
-
-    height = 0.8 + _ROW * len(strips)
-    told = "; ".join(_range_in_words(strip) for strip in strips)
-    return draw(
-        "scores",
-        f"SQSD by class. Threshold {profile.threshold:.2f}. {told}.",
-        _WIDTH,
-        height,
-        paint,
-    )
-
-
 def refusal_panel(kind: str, measured: Sequence[Measured]) -> Markup:
     """Refusal rates on one prompt set, before and after, with their intervals."""
     labels = [_wrapped(m.name) for m in measured]
@@ -117,7 +37,7 @@ def refusal_panel(kind: str, measured: Sequence[Measured]) -> Markup:
     rates = [m.refusal(kind) for m in measured]
 
     def paint(figure: Figure) -> None:
-        axes = _axes(figure, left=0.12, bottom=0.28, top=0.04, right=1.38)
+        axes = fixed_axes(figure, left=0.12, bottom=0.28, top=0.04, right=1.38)
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
         axes.set_yticks([])
@@ -177,14 +97,14 @@ def loss_curves(arms: Sequence[ArmReport]) -> Markup:
                 color=COLOURS[colour],
                 linewidth=1.8,
                 linestyle=dashes,
-                label=_one_line(arm.name),
+                label=one_line(arm.name),
             )
         _legend(axes)
 
     told = "; ".join(
         f"{a.name}: from {a.curve[0].loss:.2f} to {a.curve[-1].loss:.2f}" for a in arms if a.curve
     )
-    return draw("loss", f"Training loss by step. {told}.", _WIDTH, 2.6 + 0.2 * len(arms), paint)
+    return draw("loss", f"Training loss by step. {told}.", WIDTH, 2.6 + 0.2 * len(arms), paint)
 
 
 def penalty_curves(arms: Sequence[ArmReport]) -> Markup | None:
@@ -207,21 +127,21 @@ def penalty_curves(arms: Sequence[ArmReport]) -> Markup | None:
                 color=COLOURS[colour],
                 linewidth=1.8,
                 linestyle=dashes,
-                label=_one_line(arm.name),
+                label=one_line(arm.name),
             )
         axes.set_ylim(bottom=0)
         _legend(axes)
 
     told = "; ".join(f"{arm.name}: ends at {points[-1][1]:.3g}" for _, arm, points in curves)
     height = 2.6 + 0.2 * len(curves)
-    return draw("penalty", f"Constraint penalty by step. {told}.", _WIDTH, height, paint)
+    return draw("penalty", f"Constraint penalty by step. {told}.", WIDTH, height, paint)
 
 
 def drift_curve(drift: Sequence[tuple[int, float]]) -> Markup | None:
     """Drift along the danger direction while the reference state was looked for."""
     if not drift:
         return None
-    kept = max(drift, key=lambda point: point[1])
+    kept = max(reversed(drift), key=lambda point: point[1])  # of equals the profile keeps the last
 
     def paint(figure: Figure) -> None:
         axes = _curve_axes(figure, 0, "drift")
@@ -229,58 +149,11 @@ def drift_curve(drift: Sequence[tuple[int, float]]) -> Markup | None:
         axes.plot(*kept, marker="o", color=COLOURS["vermillion"], markersize=7)
 
     told = f"The highest, {kept[1]:.3g}, is at step {kept[0]}, which was kept."
-    return draw("drift", f"Drift along the danger direction by step. {told}", _WIDTH, 2.2, paint)
-
-
-def in_words(rate: Rate) -> str:
-    """A rate as a sentence has it."""
-    return f"{percent(rate)} ({100 * rate.low:.1f} to {100 * rate.high:.1f}), n = {rate.n}"
-
-
-def _tenant_strips(tenant: TenantReport) -> list[_Strip]:
-    planted = set(tenant.planted or ())
-    parts = [("", False, "blue", "o")]
-    if planted:
-        parts = [(", other rows", False, "blue", "o"), (", planted rows", True, "vermillion", "^")]
-    strips = []
-    for suffix, wanted, colour, marker in parts:
-        rows = [row for row in tenant.scores if (row.line in planted) == wanted]
-        scores = [row.score for row in rows if row.score is not None]
-        unscored = f", {len(rows) - len(scores)} without a score" if len(rows) > len(scores) else ""
-        label = f"{_one_line(tenant.name, 30)}{suffix} (n = {len(rows)}{unscored})"
-        strips.append(_Strip(label, scores, colour, marker))
-    return strips
-
-
-def _spread(scores: Sequence[float], low: float, high: float) -> list[tuple[float, float]]:
-    """Marks at ``(score, offset)``: offsets are spread evenly, and a mark on another is left out.
-
-    At most 160 x 7 marks remain, whatever the size of the dataset.
-    """
-    cells: dict[tuple[int, int], tuple[float, float]] = {}
-    for index, score in enumerate(sorted(scores)):
-        level = int((index * 0.6180339887498949) % 1 * 7)  # the golden ratio fills gaps evenly
-        column = int(160 * (score - low) / (high - low or 1.0))
-        cells.setdefault((column, level), (score, (level - 3) * 0.06))
-    return list(cells.values())
-
-
-def _range_in_words(strip: _Strip) -> str:
-    if not strip.scores:
-        return f"{strip.label}: no scores"
-    return f"{strip.label}: {min(strip.scores):.2f} to {max(strip.scores):.2f}"
-
-
-def _axes(figure: Figure, *, left: float, bottom: float, top: float, right: float = 0.12) -> Axes:
-    """Axes that leave margins of fixed size, in inches."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes(
-        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
-    )
+    return draw("drift", f"Drift along the danger direction by step. {told}", WIDTH, 2.2, paint)
 
 
 def _curve_axes(figure: Figure, legend_rows: int, label: str) -> Axes:
-    axes = _axes(figure, left=0.55, bottom=0.45 + 0.2 * legend_rows, top=0.08)
+    axes = fixed_axes(figure, left=0.55, bottom=0.45 + 0.2 * legend_rows, top=0.08)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(axis="y", linewidth=0.6)
@@ -300,12 +173,3 @@ def _style(index: int) -> tuple[str, str, str]:
 
 def _wrapped(name: str) -> str:
     return "\n".join(textwrap.wrap(name, 40, max_lines=2, placeholder=" …"))
-
-
-def _one_line(name: str, characters: int = 56) -> str:
-    return textwrap.shorten(name, characters, placeholder=" …")
-
-
-def _towards_middle(x: float, low: float, high: float) -> str:
-    share = (x - low) / (high - low or 1.0)
-    return "left" if share < 0.25 else "right" if share > 0.75 else "center"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: Colours of the light scheme. In the SVG each becomes a CSS variable, which `style.html.j2` sets
@@ -28,6 +30,7 @@ COLOURS = {
     "orange": "#b07800",
     "sky": "#2a8cc7",
 }
+WIDTH = 4.0  # inches of a figure; readable on a phone
 _FONT = "DejaVu Sans"  # matplotlib's own, so that the layout is the same on every machine
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -74,6 +77,21 @@ def draw(
     return Markup(_inline(buffer.getvalue().decode("utf-8"), description))
 
 
+def fixed_axes(
+    figure: Figure, *, left: float, bottom: float, top: float, right: float = 0.12
+) -> Axes:
+    """Axes that leave margins of fixed size, in inches."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+    )
+
+
+def one_line(name: str, characters: int = 50) -> str:
+    """A name cut off at a word, for a label."""
+    return textwrap.shorten(name, characters, placeholder=" …")
+
+
 def _inline(document: str, description: str) -> str:
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
@@ -85,7 +103,7 @@ def _inline(document: str, description: str) -> str:
         f'style="--natural: {width}px">'
     )
     svg = root + svg[svg.index(">") + 1 :]
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every figure, and used by none
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure, and used by none
     svg = svg.replace("xlink:href=", "href=")
     # matplotlib escapes text and writes its own style attributes, so only those are touched here.
     return re.sub(r'style="[^"]*"', lambda match: _themed(match[0]), svg)

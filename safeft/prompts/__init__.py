@@ -59,6 +59,11 @@ def load_prompts(kind: Kind, split: Split | None = None) -> list[Prompt]:
     return [p for p in prompts if split is None or p.split == split]
 
 
+def spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """At most `limit` of the prompts: a sample by hash, the same every time."""
+    return sorted(prompts, key=lambda p: hashlib.sha256(p.text.encode()).digest())[:limit]
+
+
 def prompt_set_hash(prompts: Sequence[Prompt | str]) -> str:
     """SHA-256 (hex) of the prompts' texts in their order: two numbers compare only if it agrees."""
     texts = [p.text if isinstance(p, Prompt) else p for p in prompts]

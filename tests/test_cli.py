@@ -1,0 +1,183 @@
+"""The command as a user runs it: exit codes, one-line errors, JSON on stdout and nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny
+from tests.tinyprofile import write_profile
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+
+
+def safeft(*args: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli.main", *map(str, args)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("error:") :].strip()
+    assert len(error.splitlines()) == 1, error
+    for word in words:
+        assert word in error
+
+
+def test_help_names_every_command() -> None:
+    shown = safeft("--help").stdout
+    for command in (
+        *("demo", "doctor", "align", "profile", "screen", "finetune", "evaluate", "chat"),
+    ):
+        assert command in shown
+
+
+def test_doctor_reports_as_json() -> None:
+    done = safeft("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert checks["torch"]["good"]
+    assert done.returncode == (0 if all(c["good"] for c in checks.values()) else 1)
+
+
+def bad_files(directory: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
+    files = {
+        "empty": b"",
+        "no-assistant": json.dumps({"messages": CHAT["messages"][:1]}).encode(),
+        "latin-1": json.dumps(CHAT).encode() + b'\n{"prompt": "caf\xe9"}',
+        "huge-row": json.dumps({"prompt": "x", "completion": "y" * 1_000_000}).encode(),
+        "truncated": gzip.compress(json.dumps(CHAT).encode() * 50)[:-20],
+    }
+    words = {
+        "empty": ("empty",),
+        "no-assistant": ("line 1", "messages"),
+        "latin-1": ("line 2", "UTF-8"),
+        "huge-row": ("line 1", "bytes"),
+        "truncated": ("truncated",),
+    }
+    result = {}
+    for name, content in files.items():
+        path = directory / f"{name}.jsonl"
+        path.write_bytes(content)
+        result[name] = (path, words[name])
+    return result
+
+
+@pytest.mark.parametrize("name", ["empty", "no-assistant", "latin-1", "huge-row", "truncated"])
+def test_bad_data_ends_in_one_line_that_says_where(
+    name: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    path, words = bad_files(tmp_path)[name]
+    assert_one_clear_line(safeft("screen", path, "--model", tiny_dir), *words)
+
+
+def test_a_misspelt_key_in_a_spec_is_named_with_the_right_one(tmp_path: Path) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text(
+        "name: a\nmodel: demo:aligned\ndata: {train: x.jsonl}\noutput: out\ntraining: {epoch: 3}\n"
+    )
+    assert_one_clear_line(safeft("finetune", spec), "training.epoch", "training.epochs")
+
+
+def test_a_model_with_pickle_weights_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    assert_one_clear_line(safeft("chat", "--model", tmp_path, "-m", "hi"), "safetensors")
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    done = safeft("screen", "--no-such-option")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_chat_answers_a_message_as_json_and_a_conversation_from_stdin(tiny_dir: Path) -> None:
+    once = safeft("chat", "--model", tiny_dir, "-m", "hi", "--max-new-tokens", "4", "--json")
+    assert json.loads(once.stdout)["message"] == "hi"
+    talk = safeft("chat", "--model", tiny_dir, "--max-new-tokens", "4", stdin="hi\nagain\n\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stderr.count("you>") == 3
+
+
+def test_profile_show_of_an_incomplete_profile_says_what_to_run(tiny_dir: Path) -> None:
+    done = safeft("profile", "show", "--model", tiny_dir)
+    assert done.returncode == 1
+    assert "safeft profile build" in done.stdout
+
+
+def test_a_rejected_dataset_exits_with_3_and_the_same_data_does_not_train(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=-100.0)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join([json.dumps(CHAT)] * 4))
+    screened = safeft("screen", data, "--model", tiny_dir, "--json")
+    assert screened.returncode == 3, screened.stderr
+    verdict = json.loads(screened.stdout)
+    assert verdict["verdict"] == "rejected"
+    assert [row["line"] for row in verdict["risky_rows"]] == [1, 2, 3, 4]
+
+    spec = tmp_path / "job.yaml"
+    spec.write_text(
+        f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"
+        "training: {epochs: 1}\n"
+    )
+    trained = safeft("finetune", spec)
+    assert trained.returncode == 3, trained.stderr
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_tuned_model_without_a_baseline_worth_keeping_fails_the_gate_with_4(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(CHAT)] * 8))
+    spec = tmp_path / "job.yaml"
+    spec.write_text(
+        f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"
+        "training: {epochs: 1}\nconstraints: [{kind: asft, lam: 0.1}]\n"
+    )
+    done = safeft("finetune", spec, "--json")
+    assert done.returncode == 4, done.stderr
+    result = json.loads(done.stdout)
+    assert result["verdict"]["verdict"] == "accepted"
+    assert result["status"] == "gate_failed"
+    assert (Path(result["candidate"]) / "adapter_model.safetensors").is_file()
+    assert result["published"] is None
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert result["manifest"]["file_sha256"] == result["verdict"]["data_sha256"]
+
+
+def test_a_job_whose_baseline_refuses_is_published_when_the_gate_passes(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Random weights refuse nothing; the floor under the baseline is another test's concern.
+    import jobs.pipeline
+    from jobs.pipeline import run_job
+    from jobs.spec import load_spec
+
+    monkeypatch.setattr(jobs.pipeline, "MIN_BASELINE", 0.0)
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(CHAT)] * 8))
+    spec = tmp_path / "job.yaml"
+    spec.write_text(
+        f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"
+        "training: {epochs: 1}\n"
+    )
+    result = run_job(load_spec(spec))
+    assert result.published == str(tmp_path / "out" / "adapter")
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    again = run_job(load_spec(spec))
+    assert again.manifest == result.manifest

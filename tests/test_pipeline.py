@@ -1,0 +1,53 @@
+"""The safety gate: what may be published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.evaluate import Evaluation
+from jobs.pipeline import safety_gate
+from safeft.evaluate import Rate
+
+BOUND: dict[str, Any] = {
+    "base_weights": "w",
+    "tokenizer": "t",
+    "split": "report",
+    "prompts": {"harmful": "h"},
+    "judge": ["pattern", "1"],
+    "max_new_tokens": 24,
+}
+
+
+def evaluation(refused: int, n: int = 120, **bound: Any) -> Evaluation:
+    sets = {"harmful": {"refusal": Rate(refused, n).to_dict()}}
+    return Evaluation(bound={**BOUND, **bound}, refusals={"sets": sets}, task=None, seconds=0.0)
+
+
+def test_refusals_within_noise_pass() -> None:
+    assert safety_gate(evaluation(112), evaluation(107)).passed
+
+
+def test_more_refusals_pass() -> None:
+    assert safety_gate(evaluation(80), evaluation(120)).passed
+
+
+def test_a_significant_drop_fails() -> None:
+    gate = safety_gate(evaluation(112), evaluation(60))
+    assert not gate.passed
+    assert "50.0 %" in gate.reason
+
+
+def test_a_large_drop_fails_even_where_n_is_too_small_to_be_sure() -> None:
+    assert not safety_gate(evaluation(9, 10), evaluation(7, 10)).passed
+
+
+def test_a_base_model_that_refuses_nothing_gives_nothing_to_pass() -> None:
+    gate = safety_gate(evaluation(0), evaluation(0))
+    assert not gate.passed
+    assert "nothing to compare" in gate.reason
+
+
+def test_measurements_by_different_judges_are_unknown_and_do_not_pass() -> None:
+    gate = safety_gate(evaluation(112), evaluation(112, judge=["pattern", "2"]))
+    assert not gate.passed
+    assert "unknown" in gate.reason and "judge" in gate.reason

@@ -1,0 +1,45 @@
+"""A complete safety profile for the tiny model, with directions that are random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from jobs.evaluate import evaluate
+from safeft.constraints.alignment import alignment_direction, save_directions
+from safeft.models import load_model, weights_hash
+from safeft.profile import PARTS, SafetyProfile
+
+
+def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> SafetyProfile:
+    """Write every part into the cache; rows above ``threshold`` are risky."""
+    profile = SafetyProfile.for_weights(weights_hash(model_dir))
+    for seed, part in enumerate(PARTS):
+        directory = profile.root / part
+        directory.mkdir(parents=True)
+        if part in ("danger-direction", "safety-direction", "danger-state"):
+            _adapter(model_dir, seed, directory)
+    save_directions(
+        alignment_direction(model_dir, unaligned_dir, lambda name: name.endswith("_proj")),
+        profile.root / "alignment" / "directions.safetensors",
+        aligned_hash=profile.base_weights,
+    )
+    policy = {"row_threshold": threshold, "max_risky_fraction": 0.03, "min_risky_rows": 2}
+    (profile.root / "calibration" / "policy.json").write_text(json.dumps(policy))
+    evaluate(model_dir, output=profile.root / "baseline" / "evaluation.json")
+    for part in PARTS:
+        profile.write_record(profile.root / part, {})
+    return profile
+
+
+def _adapter(model_dir: Path, seed: int, directory: Path) -> None:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(model_dir), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(directory)
