@@ -149,6 +149,9 @@ class FinetuneSpec(_Part):
         return self.training.batch_size // (self.distributed.workers * self.micro_batch)
 
 
+_KINDS = {config.__dataclass_fields__["kind"].default for config in get_args(ConstraintConfig)}
+
+
 def load_spec(path: Path) -> FinetuneSpec:
     """Read and check a spec; its relative paths are resolved against its directory.
 
@@ -182,8 +185,7 @@ def _describe(details: ErrorDetails) -> str:
     if details["type"] in ("missing", "missing_argument"):
         return f"{where}: is required"
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        kinds = ", ".join(str(config().kind) for config in get_args(ConstraintConfig))
-        return f"{where}.kind: must be one of {kinds}"
+        return f"{where}.kind: must be one of {', '.join(sorted(_KINDS))}"
     message = message[:1].lower() + message[1:]
     given = details["input"]
     shown = "" if isinstance(given, dict | list | FinetuneSpec) else f", not {given!r}"
@@ -192,18 +194,17 @@ def _describe(details: ErrorDetails) -> str:
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
     """The path as a user would write it; pydantic's names of union members are left out."""
-    kinds = {config().kind for config in get_args(ConstraintConfig)}
     text = ""
     for index, part in enumerate(loc):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not _is_union_member(part, kinds, loc[:index]):
+        elif not _is_union_member(part, loc[:index]):
             text += f".{part}"
     return text.removeprefix(".")
 
 
-def _is_union_member(part: str, kinds: set[str], before: tuple[int | str, ...]) -> bool:
-    if part in kinds and before[:1] == ("constraints",) and len(before) == 2:
+def _is_union_member(part: str, before: tuple[int | str, ...]) -> bool:
+    if part in _KINDS and before[:1] == ("constraints",) and len(before) == 2:
         return True
     return before == ("lora", "target_modules")
 

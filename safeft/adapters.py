@@ -98,3 +98,14 @@ def linear_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Linear]:
             raise ModelError(f"the base model has no linear layer named {name}")
         chosen[name] = module
     return chosen
+
+
+def require_plain_head(model: Any) -> None:
+    """Raise ModelError for a model that changes its logits after the head.
+
+    The head is run by hand at label positions, which would leave such a change out and make every
+    gradient silently wrong.
+    """
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, field, None) not in (None, 1, 1.0):
+            raise ModelError(f"models with {field} in config.json are not supported here yet")

@@ -19,12 +19,19 @@ from typing import Any, ClassVar
 import torch
 
 from safeft import __version__
-from safeft.cache import cache_root, locked, publish_dir, sha256_file
+from safeft.cache import cache_root, locked, publish_dir
 from safeft.data import TokenisedRow, encode_prompt
 from safeft.errors import ModelError
 from safeft.evaluate import generate_greedy
 from safeft.fit import FitConfig, fit_adapter, new_adapter, response_nll
-from safeft.models import load_adapter, load_model, load_tokenizer, resolve, weights_hash
+from safeft.models import (
+    adapter_hash,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    resolve,
+    weights_hash,
+)
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS, load_prompts, prompt_set_hash, spread
 
@@ -159,7 +166,9 @@ def align(output: Path, recipe: AlignRecipe | None = None, progress: Progress = 
 
 def cached_output(recipe: AlignRecipe) -> Path:
     """Where the adapter of a recipe lies in the user's cache."""
-    key = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+    prompts = {kind: prompt_set_hash(load_prompts(kind, "profile")) for kind in KINDS}
+    made_from = [asdict(recipe), prompts, REFUSALS, BASE, __version__]
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     return cache_root() / "adapters" / f"aligned-{key[:16]}"
 
 
@@ -174,7 +183,7 @@ def aligned_directory(progress: Progress = silent) -> Path:
 
 def merge_adapter(adapter: Path, progress: Progress = silent) -> Path:
     """Merge an adapter of the demo base model into a cached model directory of its own."""
-    digest = sha256_file(adapter / "adapter_model.safetensors")
+    digest = adapter_hash(adapter)
     target = cache_root() / "models" / f"smollm2-135m-aligned-{digest[:16]}"
     with locked(target):
         if not target.exists():

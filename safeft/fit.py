@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from safeft.adapters import require_plain_head
 from safeft.data import TokenisedRow, collate
 from safeft.errors import TrainingError
 from safeft.progress import Progress, silent
@@ -62,6 +63,7 @@ def new_adapter(model: Any, config: FitConfig, first_layer: int = 0) -> Any:
 
     ``first_layer``: decoder layers before it get no adapter, and no backward pass.
     """
+    require_plain_head(model)
     torch.manual_seed(config.seed)
     head = model.get_output_embeddings()
     layers = list(model.get_decoder().layers)[first_layer:]

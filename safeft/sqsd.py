@@ -7,7 +7,7 @@ direction that harmful tuning took and with the direction that safety tuning too
     SQSD(z) = sum_m cos(dW_m(z), V_danger,m) - cos(dW_m(z), V_safety,m)
 
 The two cosines are taken at two reference states. Nothing of size d_out x d_in is formed per row:
-the base is frozen, the adapter is merged once per state, and one autograd function per linear
+the base is frozen, the adapter is merged for a batch of rows, and one autograd function per linear
 layer reduces each row's gradients to r x r and r x q traces during the backward pass.
 """
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from safeft.adapters import LoraFactors, linear_modules
+from safeft.adapters import LoraFactors, linear_modules, require_plain_head
 from safeft.data import TokenisedRow, collate
 from safeft.errors import ProfileError
 
@@ -66,7 +66,7 @@ class RowScore:
 
 
 class SqsdScorer:
-    """Scores rows against two projections with one model instance in memory.
+    """Scores rows against two projections with one model instance.
 
     Args:
         model: the frozen base model; its linear weights are swapped while scoring and restored.
@@ -83,6 +83,7 @@ class SqsdScorer:
         pad_token_id: int,
         tokens_per_batch: int = 1024,
     ) -> None:
+        require_plain_head(model)
         self.model: Any = model.eval()
         self.model.requires_grad_(False)
         self.pad_token_id = pad_token_id
