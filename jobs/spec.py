@@ -101,7 +101,8 @@ class ScreeningSpec(_Part):
 
 
 class FinetuneSpec(_Part):
-    """One fine-tuning job. `output` is relative to the spec's directory, like the data."""
+    """One fine-tuning job. `model` is a source string; if it is a path that starts with a dot, it
+    is relative to the spec's directory, and so is `output`."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     model: Annotated[str, Field(min_length=1)]
@@ -175,7 +176,8 @@ def load_spec(path: Path) -> FinetuneSpec:
             "validation": spec.data.validation and root / spec.data.validation,
         }
     )
-    return spec.model_copy(update={"data": data, "output": root / spec.output})
+    model = str(root / spec.model) if spec.model.startswith(".") else spec.model
+    return spec.model_copy(update={"data": data, "model": model, "output": root / spec.output})
 
 
 def _describe(details: ErrorDetails) -> str:

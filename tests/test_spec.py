@@ -45,6 +45,9 @@ def test_paths_are_relative_to_the_spec(tmp_path: Path) -> None:
     assert spec.data.train == tmp_path / "data/train.jsonl"
     assert spec.data.validation is None
     assert spec.output == tmp_path / "runs/support-bot"
+    assert spec.model == "demo:aligned"
+    local = load(MINIMAL.replace("demo:aligned", "./models/x"), tmp_path)
+    assert local.model == str(tmp_path / "models/x")
     absolute = load(MINIMAL.replace("data/train", "/data/train"), tmp_path)
     assert absolute.data.train == Path("/data/train.jsonl")
 

@@ -69,7 +69,8 @@ class ConstraintHooks:
             loss_scale: what the loss is multiplied with before backward (fp16 loss scaling).
 
         Returns:
-            The penalty of each constraint by name, lambda included, as added to the task loss.
+            The penalty of each constraint that has one, by name, as added to the task loss (lambda
+            included).
 
         Raises:
             TrainingError: a penalty is not finite; the constraint and the module are named.
@@ -81,7 +82,9 @@ class ConstraintHooks:
             return {}
         self._stacks = stack_factors(self._groups)
         terms = {
-            constraint.name: constraint.penalty(self._stacks) for constraint in self._constraints
+            constraint.name: terms
+            for constraint in self._constraints
+            if (terms := constraint.penalty(self._stacks))
         }
         values = {name: self._finite_sum(name, vectors) for name, vectors in terms.items()}
         vectors = [vector for group in terms.values() for vector in group]
