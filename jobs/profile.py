@@ -185,6 +185,8 @@ class _Build:
             BUILD,
             self.config.benign,
             answer_tokens=24,
+            # The model's bare own answers pull it away from the danger direction, not along it.
+            opened=True,
             progress=self.progress,
         )
         model = self._fresh(config)

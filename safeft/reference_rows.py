@@ -120,9 +120,13 @@ def benign_rows(
     limit: int,
     *,
     answer_tokens: int,
+    opened: bool = False,
     progress: Progress = silent,
 ) -> list[TokenisedRow]:
-    """Benign and borderline prompts, alternating, with the model's own answers."""
+    """Benign and borderline prompts, alternating, with the model's own answers.
+
+    ``opened``: behind one of the compliant openings, as in data whose author wants eager answers.
+    """
     each = [spread(half.prompts(kind), limit // 2) for kind in BENIGN_KINDS]
     prompts = [p.text for pair in zip(*each, strict=True) for p in pair]
     answers = generate_greedy(
@@ -132,4 +136,8 @@ def benign_rows(
         max_new_tokens=answer_tokens,
         progress=lambda _, done, total: progress("reference answers", done, total),
     )
-    return [row(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
+    return [
+        row(tokenizer, p, f"{pick(OPENINGS, p)} {a}" if opened else a)
+        for p, a in zip(prompts, answers, strict=True)
+        if a.strip()
+    ]
