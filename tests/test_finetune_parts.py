@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import ray
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -18,6 +21,7 @@ from jobs.finetune.engine import deepspeed_config, load_lora_model
 from jobs.finetune.failures import StopOnOurErrors, to_safeft_error
 from jobs.finetune.fit import _scaling
 from jobs.finetune.telemetry import MetricsLog, read_metrics
+from jobs.runtime import worker_environment
 from safeft.cache import sha256_file
 from safeft.data import TokenisedRow
 from safeft.errors import ModelError, ProfileError, RowErrors, SpecError, TrainingError
@@ -68,6 +72,25 @@ def test_without_a_whole_checkpoint_a_run_starts_over(tmp_path: Path) -> None:
     checkpoint(tmp_path / "resume", 4, run="cd" * 32)
     assert checkpoints.salvage(tmp_path, RUN) is None
     assert not list(tmp_path.iterdir())
+
+
+class Payload:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.write_text, (self.file, "the checkpoint's code ran"))
+
+
+def test_a_checkpoint_that_carries_code_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"module": {}, "ds_config": Payload(tmp_path / "proof")}, tmp_path / "state.pt")
+    for name, value in worker_environment(use_gpu=False).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        TorchCheckpointEngine().load(str(tmp_path / "state.pt"))
+    assert not (tmp_path / "proof").exists()
 
 
 def test_steps_done_again_replace_their_lines_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
@@ -121,8 +144,6 @@ def test_any_other_exception_is_one_line() -> None:
 def test_directions_of_another_model_are_refused_before_anything_starts(
     tiny_dir: Path, tmp_path: Path
 ) -> None:
-    import torch
-
     from safeft.constraints.alignment import AlignmentDirection, save_directions
 
     directions = {"m": AlignmentDirection(torch.ones(2, 1), torch.ones(1))}

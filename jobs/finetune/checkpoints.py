@@ -109,8 +109,8 @@ def verify(directory: Path, run: str) -> Saved | None:
             if listed["run"] != run:
                 return None
             whole = all(sha256_file(directory / n) == sha for n, sha in listed["files"].items())
-        except (OSError, ValueError):
-            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # missing, cut off, or not a list of ours
         if not whole:
             return None
         rank, workers, step = rank + 1, listed["workers"], listed["step"]

@@ -22,6 +22,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray")
 #: Settings of where and how a run is kept, which change nothing about its result.
 _UNBOUND: Any = {
     "name": True,
+    "model": True,  # its weights' hash says more than its name
     "output": True,
     "data": {"train", "validation"},
     "screening": True,

@@ -24,14 +24,11 @@ from safeft.lora import LoraPair
 
 
 class ConstraintHooks:
-    """Several constraints on one LoRA model, composed. In a training loop::
+    """Several constraints on one LoRA model, composed.
 
-    hooks = ConstraintHooks(constraints, lora_pairs(model))   # before deepspeed.initialize
-    for each optimizer step:
-        hooks.before_backward(accumulation_steps)
-        backward of each micro-batch's loss / accumulation_steps
-        optimizer.step()
-        hooks.after_step()
+    Made before ``deepspeed.initialize``. Then, for each optimizer step: `before_backward`, the
+    backward passes of all micro-batches (each of its loss / accumulation_steps), the optimizer's
+    step, `after_step`.
     """
 
     def __init__(self, constraints: Sequence[Constraint], pairs: Mapping[str, LoraPair]) -> None:
