@@ -94,7 +94,7 @@ def tenant(
         scores,
         ScreenPolicy(row_threshold=THRESHOLD),
         data_sha256="d" * 64,
-        max_tokens=512,
+        rows_sha256="r" * 64,
         profile="p" * 64,
     )
     return TenantReport(
@@ -245,7 +245,7 @@ def hostile_report() -> DemoReport:
         [score.model_dump() for score in scores],
         ScreenPolicy(row_threshold=THRESHOLD),
         data_sha256=HOSTILE,
-        max_tokens=512,
+        rows_sha256="r" * 64,
         profile=HOSTILE,
     )
     bad = TenantReport(
