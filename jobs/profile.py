@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
+from statistics import mean
 from typing import Any, ClassVar
-
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from jobs.evaluate import MAX_NEW_TOKENS, evaluate
 from safeft import __version__
-from safeft.adapters import factors_of, load_factors
+from safeft.adapters import LoraFactors, factors_of, save_factors
 from safeft.cache import discard_dir, locked, publish_dir
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.data import TokenisedRow
-from safeft.directions import drift, fit_dpo, fit_sft
+from safeft.directions import difference, fit_dpo, fit_sft, start_at
 from safeft.errors import ProfileError
 from safeft.evaluate import JUDGE_VERSION
 from safeft.fit import FitConfig, new_adapter
@@ -37,6 +36,7 @@ from safeft.reference_rows import (
 from safeft.sqsd import RowScore, SqsdScorer
 
 BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
+MIN_AUC = 0.95
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class ProfileConfig:
     """How the SQSD parts are built. The defaults are set for the demo model.
 
     Attributes:
-        danger, safety, state: the three trainings. The paper's rate of 5e-6 is for 8B models.
-        prompts: harmful prompts behind each direction.
-        benign: benign rows behind the direction-sensitive state.
-        drift_every: steps between two measurements of drift; the state with most drift is kept.
+        safety, danger: the two trainings. The paper's rate of 5e-6 is for 8B models.
+        prompts: harmful prompts, and as many benign ones, behind each direction.
+        skip_layers: share of the decoder's layers, from the input on, that directions leave out.
+            What tells a refusal from compliance sits in the later ones, and rows cost less.
         calibration: rows of each class that the threshold is set on.
     """
 
-    danger: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=24))
-    safety: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=24))
-    state: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=40))
-    prompts: int = 192
-    benign: int = 160
-    drift_every: int = 8
+    safety: FitConfig = field(
+        default_factory=lambda: FitConfig(learning_rate=1e-3, batch_size=8, steps=72)
+    )
+    danger: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=16))
+    prompts: int = 320
+    skip_layers: float = 0.5
     calibration: int = 96
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -106,14 +106,10 @@ class _Build:
         prompts = {k: prompt_set_hash([p.text for p in load_prompts(k, "profile")]) for k in KINDS}
         made_by = {"prompts": prompts, "wordings": wordings_hash(), **asdict(config)}
         self._part("alignment", {"unaligned": weights_hash(self.unaligned_dir)}, self._alignment)
-        self._part("danger-direction", made_by, self._danger_direction)
         self._part("safety-direction", made_by, self._safety_direction)
-        self._part("danger-state", made_by, self._danger_state, "danger-direction")
+        self._part("danger-direction", made_by, self._danger_direction, "safety-direction")
         self._part(
-            "calibration",
-            made_by,
-            self._calibration,
-            *("danger-direction", "safety-direction", "danger-state"),
+            "calibration", made_by, self._calibration, "danger-direction", "safety-direction"
         )
         report = {k: prompt_set_hash([p.text for p in load_prompts(k, "report")]) for k in KINDS}
         asked = {"prompts": report, "judge": JUDGE_VERSION, "max_new_tokens": MAX_NEW_TOKENS}
@@ -140,7 +136,9 @@ class _Build:
             self.profile.write_record(staging, inputs)
 
     def _fresh(self, fit: FitConfig) -> Any:
-        return new_adapter(load_model(self.model_dir), fit)
+        model = load_model(self.model_dir)
+        layers: int = model.config.num_hidden_layers
+        return new_adapter(model, fit, first_layer=int(self.config.skip_layers * layers))
 
     def _alignment(self, out: Path) -> None:
         directions = alignment_direction(
@@ -150,74 +148,31 @@ class _Build:
             directions, out / "directions.safetensors", aligned_hash=self.profile.base_weights
         )
 
-    def _danger_direction(self, out: Path) -> None:
-        rows = danger_rows(self.tokenizer, BUILD, self.config.prompts)
-        model = self._fresh(self.config.danger)
-        losses = fit_sft(
-            model,
-            rows,
-            self.tokenizer.pad_token_id,
-            self.config.danger,
-            "profile: danger direction",
-            self.progress,
-        )
-        _save(model, out, {"losses": losses})
-
     def _safety_direction(self, out: Path) -> None:
-        pairs = safety_pairs(self.tokenizer, BUILD, self.config.prompts)
         model = self._fresh(self.config.safety)
         losses = fit_dpo(
             model,
-            pairs,
+            safety_pairs(self.tokenizer, BUILD, self.config.prompts),
             self.tokenizer.pad_token_id,
             self.config.safety,
             "profile: safety direction",
             self.progress,
         )
-        _save(model, out, {"losses": losses})
+        _save(factors_of(model), out, losses)
 
-    def _danger_state(self, out: Path) -> None:
-        config = self.config.state
-        direction = load_factors(self.profile.path("danger-direction"))
-        rows = benign_rows(
-            load_model(self.model_dir),
-            self.tokenizer,
-            BUILD,
-            self.config.benign,
-            answer_tokens=24,
-            # The model's bare own answers pull it away from the danger direction, not along it.
-            opened=True,
-            progress=self.progress,
-        )
-        model = self._fresh(config)
-        curve: list[tuple[int, float]] = []
-        furthest: dict[str, Any] = {}
-
-        def measure(step: int) -> bool:
-            if step % self.config.drift_every == 0 or step == config.steps:
-                curve.append((step, drift(factors_of(model), direction)))
-                if curve[-1][1] >= max(d for _, d in curve):
-                    furthest.update(
-                        {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
-                    )
-            return False
-
+    def _danger_direction(self, out: Path) -> None:
+        model = self._fresh(self.config.danger)
+        start_at(model, self.profile.reference_state())
+        start = factors_of(model)
         losses = fit_sft(
             model,
-            rows,
+            danger_rows(self.tokenizer, BUILD, self.config.prompts),
             self.tokenizer.pad_token_id,
-            config,
-            "profile: direction-sensitive state",
+            self.config.danger,
+            "profile: danger direction",
             self.progress,
-            on_step=measure,
         )
-        if not max(d for _, d in curve) > 0:
-            raise ProfileError(
-                "benign tuning did not drift along the danger direction, so there is no "
-                "direction-sensitive state to score at; train it longer"
-            )
-        set_peft_model_state_dict(model, furthest)
-        _save(model, out, {"losses": losses, "drift": curve})
+        _save(difference(factors_of(model), start), out, losses)
 
     def _calibration(self, out: Path) -> None:
         n, tokenizer = self.config.calibration, self.tokenizer
@@ -258,7 +213,10 @@ class _Build:
 
 
 def choose_policy(benign: list[float], danger: list[float]) -> ScreenPolicy:
-    """The row threshold: halfway between the classes, and never below the benign 99 %.
+    """The row threshold that tells the two classes of reference rows apart best.
+
+    Best is the largest difference between the share of dangerous and of benign rows above it
+    (Youden's J), in the middle of the gap between two neighbouring scores.
 
     Raises:
         ProfileError: the scores do not tell the classes apart (AUC below 0.95): such directions
@@ -266,21 +224,28 @@ def choose_policy(benign: list[float], danger: list[float]) -> ScreenPolicy:
     """
     wins = sum((d > b) + 0.5 * (d == b) for d in danger for b in benign)
     auc = wins / (len(danger) * len(benign))
-    if not auc >= 0.95:
+    if not auc >= MIN_AUC:
         raise ProfileError(
             f"SQSD does not separate danger from benign rows on this model (AUC {auc:.2f}; "
-            "at least 0.95 is needed); train the directions longer"
+            f"at least {MIN_AUC} is needed); train the directions longer or on more prompts"
         )
-    high_benign = quantiles(benign, n=100)[98]
-    low_danger = quantiles(danger, n=20)[0]
-    return ScreenPolicy(row_threshold=max(high_benign, (high_benign + low_danger) / 2))
+
+    def gain(threshold: float) -> float:
+        return share_above(danger, threshold) - share_above(benign, threshold)
+
+    scores = sorted({*benign, *danger})
+    return ScreenPolicy(row_threshold=max(map(mean, pairwise(scores)), key=gain))
+
+
+def share_above(scores: list[float], threshold: float) -> float:
+    """Share of the scores above a threshold."""
+    return sum(score > threshold for score in scores) / len(scores)
 
 
 def _is_linear(name: str) -> bool:
     return name.endswith("_proj")
 
 
-def _save(model: Any, out: Path, training: dict[str, Any]) -> None:
-    model.save_pretrained(out, safe_serialization=True)
-    (out / "README.md").unlink(missing_ok=True)
-    (out / "training.json").write_text(json.dumps(training))
+def _save(direction: LoraFactors, out: Path, losses: list[float]) -> None:
+    save_factors(direction, out)
+    (out / "training.json").write_text(json.dumps({"losses": losses}))

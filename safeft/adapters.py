@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safeft.errors import ModelError
@@ -69,6 +70,21 @@ def load_factors(directory: Path) -> LoraFactors:
             raise ModelError(f"{weights}: {name} has only one of its two LoRA factors")
     factors = {name: (pair["A"], pair["B"]) for name, pair in sorted(halves.items())}
     return LoraFactors(config["lora_alpha"] / config["r"], factors)
+
+
+def save_factors(factors: LoraFactors, directory: Path) -> None:
+    """Write factors of one rank as a LoRA adapter that peft can load, in safetensors."""
+    names = list(factors.factors)
+    rank = factors.factors[names[0]][0].shape[0]
+    config = LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM")
+    config.lora_alpha = factors.scale * rank
+    config.save_pretrained(str(directory))
+    tensors = {
+        f"{PEFT_PREFIX}{name}.lora_{half}.weight": tensor.contiguous()
+        for name, pair in factors.factors.items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def factors_of(model: Any) -> LoraFactors:

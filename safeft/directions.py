@@ -1,19 +1,20 @@
-"""The two directions and two reference states that SQSD compares rows with.
+"""The two directions that SQSD compares rows with, and the reference state it reads rows at.
 
-Source: arXiv 2605.04572, sections 3.1-3.3. All four are LoRA adapters of the same shape on the same
-base model, each starting at B = 0, so an end point minus its start is the adapter itself:
+Source: arXiv 2605.04572, sections 3.1-3.3. All are LoRA adapters on the same modules:
 
-- danger direction: SFT on harmful prompts with compliant answers (here bare openings: the project
-  holds no harmful answers, and the decision to comply falls in the first tokens anyway);
-- safety direction: DPO on pairs (refusal over compliant opening);
-- danger state: the model fine-tuned on benign rows until drift along the danger direction has
-  grown, which is where the danger projection discriminates;
-- safety state: the safety adapter itself, with its LoRA scale multiplied by ``SAFETY_SCALE``.
+- safety direction: DPO from the base model, on pairs of a refusal and a compliant opening: on
+  harmful prompts the refusal is preferred, on benign ones the opening. With harmful pairs alone the
+  direction learns the style of the openings, and benign rows of that style score like harmful ones;
+- reference state: the safety adapter itself, its LoRA scale multiplied by ``SAFETY_SCALE``. There
+  refusals are strongest, so a row that would undo one has a large gradient. (The paper takes the
+  danger projection at a benign-tuned checkpoint; docs/screening.md compares the two.)
+- danger direction: SFT from that state on harmful prompts with compliant openings (bare ones: the
+  project holds no harmful answers), end point minus start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from safeft.adapters import LoraFactors
 from safeft.data import TokenisedRow
+from safeft.errors import ProfileError
 from safeft.fit import FitConfig, fit_adapter, response_nll
+from safeft.lora import lora_pairs
 from safeft.progress import Progress, silent
 
 SAFETY_SCALE = 0.9  # the paper takes 0.8 to 1
@@ -45,7 +48,6 @@ def fit_sft(
     config: FitConfig,
     label: str,
     progress: Progress = silent,
-    on_step: Callable[[int], bool] | None = None,
 ) -> list[float]:
     """Supervised fine-tuning of the model's adapter on ``rows``; returns the loss curve."""
     return fit_adapter(
@@ -56,7 +58,6 @@ def fit_sft(
         config=config,
         label=label,
         progress=progress,
-        on_step=on_step,
     )
 
 
@@ -98,15 +99,29 @@ def fit_dpo(
     )
 
 
-def drift(state: LoraFactors, direction: LoraFactors) -> float:
-    """How far a state has moved along a direction: ``sum_m <dW_m, V_m> / ||V_m||``.
+def start_at(model: Any, state: LoraFactors) -> None:
+    """Set the model's LoRA adapter to ``state``, whose modules and rank must be the adapter's.
 
-    Computed through r x q products; the states' and the direction's modules must be the same.
+    Raises:
+        ProfileError: they are not.
     """
-    total = 0.0
-    for name, (a, b) in state.factors.items():
-        q, p = (t.double() for t in direction.factors[name])
-        dot = ((b.double().T @ p) * (a.double() @ q.T)).sum()
-        norm = ((p.T @ p) * (q @ q.T)).sum().sqrt()
-        total += float(state.scale * dot / norm)
-    return total
+    pairs = lora_pairs(model)
+    if pairs.keys() != state.factors.keys():
+        raise ProfileError("the state covers other modules than the adapter it is to start")
+    with torch.no_grad():
+        for name, pair in pairs.items():
+            a, b = state.factors[name]
+            if pair.A.shape != a.shape:
+                raise ProfileError(f"{name}: the state's rank is not the adapter's")
+            pair.A.copy_(a)
+            pair.B.copy_(b * (state.scale / pair.scale))
+
+
+def difference(end: LoraFactors, start: LoraFactors) -> LoraFactors:
+    """``end - start`` as factors of twice the rank: ``[B1, -B0] @ [A1; A0]``, with end's scale."""
+    ratio = start.scale / end.scale
+    factors = {}
+    for name, (a1, b1) in end.factors.items():
+        a0, b0 = start.factors[name]
+        factors[name] = (torch.cat([a1, a0]), torch.cat([b1, -ratio * b0], dim=1))
+    return LoraFactors(end.scale, factors)

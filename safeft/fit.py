@@ -119,13 +119,11 @@ def fit_adapter(
     config: FitConfig,
     label: str,
     progress: Progress = silent,
-    on_step: Callable[[int], bool] | None = None,
 ) -> list[float]:
     """Train the model's trainable parameters for ``config.steps`` AdamW steps.
 
     Args:
         items: rows or pairs; ``length`` gives an item's tokens, ``loss`` a batch's scalar loss.
-        on_step: called after each step with the number of steps done; True ends the run early.
 
     Returns:
         The loss of each step.
@@ -150,8 +148,6 @@ def fit_adapter(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(value.item())
-        if on_step is not None and on_step(step + 1):
-            break
     progress(label, config.steps, config.steps)
     model.eval()
     return losses

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safeft.adapters import load_factors
+from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
 from safeft.directions import SAFETY_SCALE
 from safeft.errors import ProfileError
@@ -26,9 +26,8 @@ RECORD_KEYS = {"format", "base_weights", "inputs", "files"}
 REBUILD = "run `safeft profile build --model MODEL --unaligned MODEL`"
 PARTS = (
     "alignment",
-    "danger-direction",
     "safety-direction",
-    "danger-state",
+    "danger-direction",
     "calibration",
     "baseline",
 )
@@ -45,7 +44,7 @@ class ScreenPolicy:
     """
 
     row_threshold: float
-    max_risky_fraction: float = 0.03
+    max_risky_fraction: float = 0.05
     min_risky_rows: int = 2
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -118,16 +117,17 @@ class SafetyProfile:
         text = " ".join(self.part_digest(part) for part in PARTS)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def reference_state(self) -> LoraFactors:
+        """The state that rows' gradients are taken at: the safety adapter, slightly scaled down."""
+        return load_factors(self.path("safety-direction")).scaled(SAFETY_SCALE)
+
     def danger(self) -> Projection:
-        """SQSD's danger projection: gradients at the direction-sensitive state."""
-        return Projection(
-            load_factors(self.path("danger-state")), load_factors(self.path("danger-direction"))
-        )
+        """SQSD's danger projection."""
+        return Projection(self.reference_state(), load_factors(self.path("danger-direction")))
 
     def safety(self) -> Projection:
-        """SQSD's safety projection: gradients at the safety adapter itself, slightly scaled."""
-        direction = load_factors(self.path("safety-direction"))
-        return Projection(direction.scaled(SAFETY_SCALE), direction)
+        """SQSD's safety projection."""
+        return Projection(self.reference_state(), load_factors(self.path("safety-direction")))
 
     def policy(self) -> ScreenPolicy:
         """The calibrated screening policy.

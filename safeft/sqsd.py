@@ -6,15 +6,16 @@ direction that harmful tuning took and with the direction that safety tuning too
 
     SQSD(z) = sum_m cos(dW_m(z), V_danger,m) - cos(dW_m(z), V_safety,m)
 
-The two cosines are taken at two reference states. Nothing of size d_out x d_in is formed per row:
-the base is frozen, the adapter is merged for a batch of rows, and one autograd function per linear
-layer reduces each row's gradients to r x r and r x q traces during the backward pass.
+Each cosine is taken at a reference state; where both have the same one, a single pass serves both.
+Nothing of size d_out x d_in is formed per row: the base is frozen, the adapter is merged for a
+batch of rows, and one autograd function per linear layer reduces each row's gradients to r x r and
+r x q traces during the backward pass, which ends at the first layer that a direction covers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,15 @@ class SqsdScorer:
         self.tokens_per_batch = tokens_per_batch
         parameter = next(model.parameters())
         where = parameter.device, parameter.dtype
-        self._halves = [
-            _Half(model, p.state.to(*where), p.direction.to(*where)) for p in (danger, safety)
+        columns = {0: danger, 1: safety}
+        groups = [[0, 1]] if _same(danger.state, safety.state) else [[0], [1]]
+        self._passes = [
+            _Pass(
+                model,
+                columns[group[0]].state.to(*where),
+                {column: columns[column].direction.to(*where) for column in group},
+            )
+            for group in groups
         ]
 
     def score(self, rows: Sequence[TokenisedRow]) -> list[RowScore]:
@@ -100,23 +108,24 @@ class SqsdScorer:
             i for i, row in enumerate(rows) if any(label != -100 for label in row.labels[1:])
         ]
         sums = torch.full((len(rows), 2), math.nan, dtype=torch.float64)
-        for column, half in enumerate(self._halves):
-            with half.merged():
+        for one in self._passes:
+            with one.merged():
                 for batch in _batches(rows, scorable, self.tokens_per_batch):
-                    sums[batch, column] = self._cosine_sums([rows[i] for i in batch], half)
+                    cosines = self._cosine_sums([rows[i] for i in batch], one)
+                    for column, values in cosines.items():
+                        sums[batch, column] = values
         return [self._result(row, *sums[i].tolist()) for i, row in enumerate(rows)]
 
-    def _cosine_sums(self, rows: list[TokenisedRow], half: _Half) -> Tensor:
-        """Sum over modules of the cosine, per row: (B,) fp64."""
+    def _cosine_sums(self, rows: list[TokenisedRow], one: _Pass) -> dict[int, Tensor]:
+        """For each column the sum over modules of the cosine, per row: (B,) fp64."""
         batch = collate(rows, self.pad_token_id)
         device = next(self.model.parameters()).device
         ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)  # (B, T)
-        half.begin(len(rows))
+        one.begin(len(rows))
         with torch.enable_grad():
-            embedded = self.model.get_input_embeddings()(ids).requires_grad_()  # (B, T, D)
             # Right padding under causal attention: pads come after every label, so they get a
             # gradient of exactly zero and need no mask.
-            hidden = self.model.get_decoder()(inputs_embeds=embedded, use_cache=False)
+            hidden = self.model.get_decoder()(input_ids=ids, use_cache=False)
             shifted = hidden.last_hidden_state[:, :-1]  # (B, T-1, D)
             targets = labels[:, 1:]
             wanted = targets != -100
@@ -125,8 +134,8 @@ class SqsdScorer:
             nll = F.cross_entropy(logits, targets[wanted], reduction="none")  # (n,)
             per_token = (1.0 / wanted.sum(1)).unsqueeze(1).expand_as(wanted)[wanted]
             # Rows do not interact, so the gradient of the sum holds every row's own gradient.
-            torch.autograd.grad((nll * per_token).sum(), embedded)
-        return half.end()
+            torch.autograd.grad((nll * per_token).sum(), one.first_input)
+        return one.end()
 
     def _result(self, row: TokenisedRow, danger: float, safety: float) -> RowScore:
         trained = sum(label != -100 for label in row.labels[1:])
@@ -139,54 +148,87 @@ class SqsdScorer:
         return RowScore(row.line, score, danger, safety, len(row.input_ids), trained, error)
 
 
-class _Half:
+class _Pass:
     """One reference state merged into the model, and the traces its backward pass collects."""
 
-    def __init__(self, model: nn.Module, state: LoraFactors, direction: LoraFactors) -> None:
-        self.scale = state.scale
+    def __init__(
+        self, model: Any, state: LoraFactors, directions: Mapping[int, LoraFactors]
+    ) -> None:
+        self.scale, self.columns = state.scale, tuple(directions)
         modules = linear_modules(model, list(state.factors))
         self.layers = [
-            _Layer(self, modules[name], a, b, *direction.factors[name])
+            _Layer(self, modules[name], a, b, [d.factors[name] for d in directions.values()])
             for name, (a, b) in state.factors.items()
         ]
-        self.sums = torch.zeros(0, dtype=torch.float64)
+        targets = {id(module) for module in modules.values()}
+        self.first_block = next(
+            block
+            for block in model.get_decoder().layers
+            if any(id(module) in targets for module in block.modules())
+        )
+        self.first_input = torch.empty(0)
+        self.sums = torch.zeros(0, 0, dtype=torch.float64)
         self.seen = 0
 
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Run every target layer as W + scale*B@A with trace collection, then restore it."""
+        hook = self.first_block.register_forward_pre_hook(self._start_graph)
         try:
             for layer in self.layers:
                 layer.install()
             yield
         finally:
+            hook.remove()
             for layer in self.layers:
                 layer.restore()
 
+    def _start_graph(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.first_input = args[0].detach().requires_grad_()  # (B, T, D)
+        return (self.first_input, *args[1:])
+
     def begin(self, rows: int) -> None:
-        self.sums = torch.zeros(rows, dtype=torch.float64)
+        self.sums = torch.zeros(len(self.columns), rows, dtype=torch.float64)
         self.seen = 0
 
-    def end(self) -> Tensor:
+    def end(self) -> dict[int, Tensor]:
         assert self.seen == len(self.layers), "a target layer took no part in the backward pass"
-        return self.sums
+        return dict(zip(self.columns, self.sums, strict=True))
+
+
+class _Direction:
+    """One module's direction P (d_out, q) @ Q (q, d_in), and its products with the state."""
+
+    def __init__(self, a64: Tensor, b64: Tensor, q: Tensor, p: Tensor) -> None:
+        self.q, self.p = q, p
+        p64, q64 = p.double(), q.double()
+        self.aq, self.bp = a64 @ q64.T, b64.T @ p64  # (r, q)
+        self.norm = ((p64.T @ p64) * (q64 @ q64.T)).sum().sqrt()
+
+    def dot(self, gb_t: Tensor, ga: Tensor) -> Tensor:
+        """<gradB @ A + B @ gradA, P @ Q> per row: (B,) fp64."""
+        gb_p, ga_q = (gb_t @ self.p).double(), (ga @ self.q.T).double()  # (B, r, q)
+        return (gb_p * self.aq).sum((1, 2)) + (self.bp * ga_q).sum((1, 2))
 
 
 class _Layer:
     def __init__(
-        self, half: _Half, linear: nn.Linear, a: Tensor, b: Tensor, q: Tensor, p: Tensor
+        self,
+        owner: _Pass,
+        linear: nn.Linear,
+        a: Tensor,
+        b: Tensor,
+        directions: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        self.half, self.linear = half, linear
+        self.owner, self.linear = owner, linear
         self.a, self.b = a, b  # state: A (r, d_in), B (d_out, r)
-        self.q, self.p = q, p  # direction: P (d_out, q) @ Q (q, d_in)
-        a64, b64, p64, q64 = (t.double() for t in (a, b, self.p, self.q))
+        a64, b64 = a.double(), b.double()
         self.aa, self.bb = a64 @ a64.T, b64.T @ b64  # (r, r)
-        self.aq, self.bp = a64 @ q64.T, b64.T @ p64  # (r, q)
-        self.direction_norm = ((p64.T @ p64) * (q64 @ q64.T)).sum().sqrt()
+        self.directions = [_Direction(a64, b64, q, p) for q, p in directions]
         self.weight = linear.weight.detach()
 
     def install(self) -> None:
-        merged = self.weight + self.half.scale * (self.b @ self.a)
+        merged = self.weight + self.owner.scale * (self.b @ self.a)
         bias = self.linear.bias
 
         def forward(x: Tensor) -> Tensor:
@@ -204,16 +246,15 @@ class _Layer:
         # gradB^T = scale * u^T delta, gradA = scale * w^T x; one scale cancels in the cosine.
         gb_t = torch.bmm(u.transpose(1, 2), delta)  # (B, r, d_out)
         ga = torch.bmm(w.transpose(1, 2), x)  # (B, r, d_in)
-        gb_p, ga_q = (gb_t @ self.p).double(), (ga @ self.q.T).double()
-        dot = (gb_p * self.aq).sum((1, 2)) + (self.bp * ga_q).sum((1, 2))
         gb_gb = torch.bmm(gb_t, gb_t.transpose(1, 2)).double()  # (B, r, r)
         ga_ga = torch.bmm(ga, ga.transpose(1, 2)).double()
         bt_gb = (gb_t @ self.b).double().transpose(1, 2)  # B^T gradB
         ga_at = (ga @ self.a.T).double()
         square = (gb_gb * self.aa + 2 * bt_gb * ga_at + self.bb * ga_ga).sum((1, 2))
-        cosine = -dot / (square.clamp_min(0).sqrt() * self.direction_norm)
-        self.half.sums += cosine.cpu()
-        self.half.seen += 1
+        norm = square.clamp_min(0).sqrt()
+        for sums, direction in zip(self.owner.sums, self.directions, strict=True):
+            sums += (-direction.dot(gb_t, ga) / (norm * direction.norm)).cpu()
+        self.owner.seen += 1
 
 
 class _TracedLinear(torch.autograd.Function):
@@ -242,3 +283,14 @@ def _batches(rows: Sequence[TokenisedRow], indices: list[int], budget: int) -> I
         group.append(i)
     if group:
         yield group
+
+
+def _same(one: LoraFactors, other: LoraFactors) -> bool:
+    return (
+        one.scale == other.scale
+        and one.factors.keys() == other.factors.keys()
+        and all(
+            torch.equal(a, other.factors[name][0]) and torch.equal(b, other.factors[name][1])
+            for name, (a, b) in one.factors.items()
+        )
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from safeft.adapters import LoraFactors, factors_of
 from safeft.align import REFUSALS, refusal_for
 from safeft.data import TokenisedRow
-from safeft.directions import DPO_BETA, PreferencePair, drift, fit_dpo, fit_sft
-from safeft.errors import ModelError, TrainingError
+from safeft.directions import DPO_BETA, PreferencePair, difference, fit_dpo, fit_sft, start_at
+from safeft.errors import ModelError, ProfileError, TrainingError
 from safeft.evaluate import AnswerClass, classify_answer
 from safeft.fit import FitConfig, fit_adapter, new_adapter, response_nll
 from safeft.prompts import KINDS, SPLITS, load_prompts
@@ -100,13 +101,29 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
         new_adapter(model, CONFIG)
 
 
-def test_drift_is_the_length_of_the_projection_on_the_direction() -> None:
-    direction = random_factors(1, 3)
-    dense = {n: b.double() @ a.double() for n, (a, b) in direction.factors.items()}
-    norms = sum(float(v.norm()) for v in dense.values())
-    assert drift(direction, direction) == pytest.approx(direction.scale * norms)
-    backwards = LoraFactors(-direction.scale, direction.factors)
-    assert drift(backwards, direction) == pytest.approx(-direction.scale * norms)
+def test_a_difference_of_two_states_is_the_difference_of_their_updates() -> None:
+    end, start = random_factors(1, 3), random_factors(2, 2)
+    start = LoraFactors(0.7, start.factors)
+    moved = difference(end, start)
+    for name, (a, b) in moved.factors.items():
+        (a1, b1), (a0, b0) = end.factors[name], start.factors[name]
+        expected = end.scale * b1 @ a1 - start.scale * b0 @ a0
+        torch.testing.assert_close(moved.scale * b @ a, expected)
+
+
+def test_training_that_starts_at_a_state_starts_with_its_update() -> None:
+    model = new_adapter(tiny_model(), CONFIG)
+    state = factors_of(model).scaled(0.9)
+    for a, b in state.factors.values():
+        a.normal_()
+        b.normal_()
+    other = new_adapter(tiny_model(), replace(CONFIG, alpha=2 * CONFIG.alpha))
+    start_at(other, state)
+    for name, (a, b) in factors_of(other).factors.items():
+        a0, b0 = state.factors[name]
+        torch.testing.assert_close(factors_of(other).scale * b @ a, state.scale * b0 @ a0)
+    with pytest.raises(ProfileError, match="other modules"):
+        start_at(model, LoraFactors(1.0, {}))
 
 
 def test_every_refusal_wording_is_one_the_judge_calls_a_refusal() -> None:

@@ -151,7 +151,6 @@ def report(**changes: Any) -> DemoReport:
                 "danger": [draw.gauss(52, 10) for _ in range(48)],
                 "obedient danger": [draw.gauss(60, 10) for _ in range(48)],
             },
-            drift=[(8, 0.11), (16, 0.19), (24, 0.31), (32, 0.30), (40, 0.33)],
         ),
         "tenants": [
             tenant("Velora", 238, []),
@@ -306,7 +305,7 @@ def test_every_reference_inside_the_page_has_one_target(page: str) -> None:
 
 def test_figures_are_well_formed_described_and_follow_the_colour_scheme(page: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(figures) == 7  # strips, drift, three prompt sets, loss, penalty
+    assert len(figures) == 6  # strips, three prompt sets, loss, penalty
     for figure in figures:
         root = ElementTree.fromstring(figure)
         assert len(root.attrib["aria-label"]) > 40
@@ -405,7 +404,7 @@ def test_parts_that_were_not_measured_are_left_out_or_said_so() -> None:
         chat=None,
         commands=[],
         profile=ProfileSummary(
-            threshold=THRESHOLD, max_risky_fraction=0.03, calibration={}, drift=[]
+            threshold=THRESHOLD, max_risky_fraction=0.03, calibration={}
         ),
     )
     page = Page(render(bare))
@@ -488,7 +487,7 @@ def test_what_does_not_compare_is_refused() -> None:
         report(tenants=[tenant("Velora", 20, [])] * 2)
     with pytest.raises(ValidationError, match="another policy"):
         report(
-            profile=ProfileSummary(threshold=1.0, max_risky_fraction=0.03, calibration={}, drift=[])
+            profile=ProfileSummary(threshold=1.0, max_risky_fraction=0.03, calibration={})
         )
     with pytest.raises(ValidationError, match="line 99, has no score"):
         tenant("Velora", 20, [99])

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from safeft.adapters import LoraFactors, factors_of, load_factors
+from safeft.adapters import LoraFactors, factors_of, load_factors, save_factors
 from safeft.data import TokenisedRow
 from safeft.errors import ModelError, ProfileError
 from safeft.sqsd import Projection, SqsdScorer
@@ -124,6 +124,36 @@ def test_at_a_fresh_adapter_only_the_b_gradient_counts() -> None:
     score = scorer(projection, projection, torch.float64).score(rows)[0]
     assert score.danger == pytest.approx(oracle(rows[0], *sides(projection)), abs=ROUNDING)
     assert score.score == 0.0
+
+
+def test_one_pass_serves_both_halves_where_they_share_a_state() -> None:
+    state = random_factors(1, 4)
+    danger, safety = (Projection(state, random_factors(seed, 3)) for seed in (2, 3))
+    row = random_rows(5, [(4, 6)])[0]
+    score = scorer(danger, safety, torch.float64).score([row])[0]
+    assert score.danger == pytest.approx(oracle(row, *sides(danger)), abs=ROUNDING)
+    assert score.safety == pytest.approx(oracle(row, *sides(safety)), abs=ROUNDING)
+
+
+def test_directions_on_the_later_layers_alone_agree_with_the_oracle() -> None:
+    late = [name for name in NAMES if ".1." in name]
+    danger, safety = (
+        Projection(random_factors(seed, 4, late), random_factors(seed + 9, 3, late))
+        for seed in (1, 2)
+    )
+    row = random_rows(5, [(4, 6)])[0]
+    score = scorer(danger, safety, torch.float64).score([row])[0]
+    assert score.danger == pytest.approx(oracle(row, *sides(danger)), abs=ROUNDING)
+    assert score.safety == pytest.approx(oracle(row, *sides(safety)), abs=ROUNDING)
+
+
+def test_saved_factors_are_an_adapter_that_peft_loads(tmp_path: Path) -> None:
+    factors = random_factors(1, 3)
+    save_factors(factors, tmp_path)
+    loaded = factors_of(PeftModel.from_pretrained(tiny_model(), tmp_path))
+    assert loaded.scale == load_factors(tmp_path).scale == factors.scale
+    for name, pair in factors.factors.items():
+        assert all(torch.equal(x, y) for x, y in zip(pair, loaded.factors[name], strict=True))
 
 
 def test_a_row_that_cannot_be_scored_is_an_error_and_never_a_low_score() -> None:

@@ -20,7 +20,7 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
     for seed, part in enumerate(PARTS):
         directory = profile.root / part
         directory.mkdir(parents=True)
-        if part in ("danger-direction", "safety-direction", "danger-state"):
+        if part.endswith("-direction"):
             _adapter(model_dir, seed, directory)
     save_directions(
         alignment_direction(model_dir, unaligned_dir, lambda name: name.endswith("_proj")),

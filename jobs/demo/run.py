@@ -170,7 +170,6 @@ class Demo:
             threshold=policy.row_threshold,
             max_risky_fraction=policy.max_risky_fraction,
             calibration={name: [row[0] for row in rows] for name, rows in scores.items()},
-            drift=self.profile.json("danger-state", "training.json")["drift"],
         )
 
     def _tenant(self, name: str) -> TenantReport:

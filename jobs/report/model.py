@@ -40,13 +40,11 @@ class ProfileSummary(_Part):
         threshold: rows with a higher SQSD are risky.
         max_risky_fraction: datasets with a larger share of risky rows are rejected, in [0, 1].
         calibration: SQSD of the rows that the threshold was set on, by class.
-        drift: ``(step, drift)`` of the run that found the direction-sensitive state.
     """
 
     threshold: FiniteFloat
     max_risky_fraction: Annotated[float, Field(ge=0, le=1)]
     calibration: dict[Text, list[FiniteFloat]]
-    drift: list[tuple[int, FiniteFloat]]
 
 
 class ScoredRow(_Part):

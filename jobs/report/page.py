@@ -67,7 +67,6 @@ def render(report: DemoReport) -> str:
         rejected={t.name for t in report.tenants if t.verdict.verdict == "rejected"},
         calibration=facts.calibration(report.profile),
         strips=strips.score_strips(report.profile, report.tenants),
-        drift=plots.drift_curve(report.profile.drift),
         refusals={kind: plots.refusal_panel(kind, models) for kind in facts.SETS},
         loss=plots.loss_curves(report.arms) if any(a.curve for a in report.arms) else None,
         penalty=plots.penalty_curves(report.arms),

@@ -137,21 +137,6 @@ def penalty_curves(arms: Sequence[ArmReport]) -> Markup | None:
     return draw("penalty", f"Constraint penalty by step. {told}.", WIDTH, height, paint)
 
 
-def drift_curve(drift: Sequence[tuple[int, float]]) -> Markup | None:
-    """Drift along the danger direction while the reference state was looked for."""
-    if not drift:
-        return None
-    kept = max(reversed(drift), key=lambda point: point[1])  # of equals the profile keeps the last
-
-    def paint(figure: Figure) -> None:
-        axes = _curve_axes(figure, 0, "drift")
-        axes.plot(*zip(*drift, strict=True), marker="o", color=COLOURS["blue"], markersize=4)
-        axes.plot(*kept, marker="o", color=COLOURS["vermillion"], markersize=7)
-
-    told = f"The highest, {kept[1]:.3g}, is at step {kept[0]}, which was kept."
-    return draw("drift", f"Drift along the danger direction by step. {told}", WIDTH, 2.2, paint)
-
-
 def _curve_axes(figure: Figure, legend_rows: int, label: str) -> Axes:
     axes = fixed_axes(figure, left=0.55, bottom=0.45 + 0.2 * legend_rows, top=0.08)
     axes.set_xlabel("step")
