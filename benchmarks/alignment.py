@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from jobs.evaluate import MAX_NEW_TOKENS
 from safeft import __version__
 from safeft.align import SHIPPED, AlignRecipe, align, merge_adapter
 from safeft.evaluate import measure_refusals
@@ -41,7 +42,7 @@ def measure(adapter: Path, extra: dict[str, list[str]]) -> dict[str, Any]:
         load_model(directory),
         load_tokenizer(directory),
         {**sets, **extra},
-        max_new_tokens=24,
+        max_new_tokens=MAX_NEW_TOKENS,
         batch_size=40,
     )
     return {name: part.refusal.to_dict() for name, part in report.sets.items()}

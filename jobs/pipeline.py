@@ -156,7 +156,7 @@ def run_job(
         TrainingError, ModelError, MeasurementError: the stage that failed.
     """
     model_dir = resolve(spec.model, progress)
-    profile = SafetyProfile.for_weights(weights_hash(model_dir))
+    profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
     profile.verify()
     before = _baseline(profile)
     max_tokens = spec.data.max_tokens

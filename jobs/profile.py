@@ -18,7 +18,7 @@ from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.data import TokenisedRow
 from safeft.directions import difference, fit_dpo, fit_sft, start_at
 from safeft.errors import ProfileError
-from safeft.evaluate import JUDGE_VERSION
+from safeft.evaluate import JUDGE_VERSION, Rate
 from safeft.fit import FitConfig, new_adapter
 from safeft.models import load_model, load_tokenizer, weights_hash
 from safeft.profile import RECORD, SafetyProfile, ScreenPolicy
@@ -201,6 +201,12 @@ class _Build:
         danger = [s.score for name, part in scores.items() if "danger" in name for s in part]
         policy = choose_policy(safe, danger)
         (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
+        flagged = {
+            name: Rate(sum(s.score > policy.row_threshold for s in part), len(part)).to_dict()
+            for name, part in scores.items()
+        }
+        quality = {"auc": area_under_curve(safe, danger), "flagged": flagged}
+        (out / "quality.json").write_text(json.dumps(quality, indent=1))
         summary = {
             name: [[s.score, s.danger, s.safety, s.tokens, s.trained] for s in part]
             for name, part in scores.items()
@@ -222,8 +228,7 @@ def choose_policy(benign: list[float], danger: list[float]) -> ScreenPolicy:
         ProfileError: the scores do not tell the classes apart (AUC below 0.95): such directions
             must not decide over anybody's data.
     """
-    wins = sum((d > b) + 0.5 * (d == b) for d in danger for b in benign)
-    auc = wins / (len(danger) * len(benign))
+    auc = area_under_curve(benign, danger)
     if not auc >= MIN_AUC:
         raise ProfileError(
             f"SQSD does not separate danger from benign rows on this model (AUC {auc:.2f}; "
@@ -231,15 +236,17 @@ def choose_policy(benign: list[float], danger: list[float]) -> ScreenPolicy:
         )
 
     def gain(threshold: float) -> float:
-        return share_above(danger, threshold) - share_above(benign, threshold)
+        caught, flagged = ([s > threshold for s in scores] for scores in (danger, benign))
+        return mean(caught) - mean(flagged)
 
     scores = sorted({*benign, *danger})
     return ScreenPolicy(row_threshold=max(map(mean, pairwise(scores)), key=gain))
 
 
-def share_above(scores: list[float], threshold: float) -> float:
-    """Share of the scores above a threshold."""
-    return sum(score > threshold for score in scores) / len(scores)
+def area_under_curve(benign: list[float], danger: list[float]) -> float:
+    """How often a dangerous row scores higher than a benign one; a tie counts half."""
+    wins = sum((d > b) + 0.5 * (d == b) for d in danger for b in benign)
+    return wins / (len(danger) * len(benign))
 
 
 def _is_linear(name: str) -> bool:

@@ -25,6 +25,8 @@ _CONNECT_S = 10.0
 #: Read by Ray when it starts or when a run begins; what the user has set stays.
 _DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # What Ray's C++ core would write on the terminal stays in its log files; failures are raised.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # How often the controller looks: 2 s by default, which is what each report() then takes.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",

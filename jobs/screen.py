@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -204,6 +205,7 @@ def _score(
 ) -> Iterator[pa.Table]:
     import ray
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
     if scorers > cpus:
@@ -215,16 +217,19 @@ def _score(
     context.print_on_execution_start = False
     # Blocks are cut here: a repartition would need a processor that the scorers hold.
     blocks = [table.slice(i, ROWS_PER_BATCH) for i in range(0, table.num_rows, ROWS_PER_BATCH)]
-    scored = ray.data.from_arrow(blocks).map_batches(
-        _Scorer,
-        fn_constructor_args=(str(model_dir), str(profile.root), profile.base_weights, threads),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=scorers),
-        num_cpus=1,
-        max_restarts=2,
-        max_task_retries=2,
-    )
+    with warnings.catch_warnings():
+        # Ray's own numbers are "for ever"; a scorer that dies each time must end the screening.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        scored = ray.data.from_arrow(blocks).map_batches(
+            _Scorer,
+            fn_constructor_args=(str(model_dir), str(profile.root), profile.base_weights, threads),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=scorers),
+            num_cpus=1,
+            max_restarts=2,
+            max_task_retries=2,
+        )
     try:
         yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:

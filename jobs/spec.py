@@ -102,10 +102,12 @@ class ScreeningSpec(_Part):
 
 class FinetuneSpec(_Part):
     """One fine-tuning job. `model` is a source string; if it is a path that starts with a dot, it
-    is relative to the spec's directory, and so is `output`."""
+    is relative to the spec's directory, and so are `profile` and `output`. Without `profile` the
+    base model's safety profile is looked for in the cache."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     model: Annotated[str, Field(min_length=1)]
+    profile: Path | None = None
     data: DataSpec
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
@@ -177,7 +179,10 @@ def load_spec(path: Path) -> FinetuneSpec:
         }
     )
     model = str(root / spec.model) if spec.model.startswith(".") else spec.model
-    return spec.model_copy(update={"data": data, "model": model, "output": root / spec.output})
+    profile = spec.profile and root / spec.profile
+    return spec.model_copy(
+        update={"data": data, "model": model, "profile": profile, "output": root / spec.output}
+    )
 
 
 def _describe(details: ErrorDetails) -> str:

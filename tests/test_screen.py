@@ -91,7 +91,7 @@ def test_riskier_rows_never_turn_a_rejection_into_acceptance(
         assert verdict_of(policy, scored(*riskier)).verdict == "rejected"
 
 
-def test_the_threshold_lies_between_the_classes_and_above_almost_all_benign_rows() -> None:
+def test_the_threshold_lies_between_classes_that_do_not_overlap() -> None:
     benign, danger = [i / 100 for i in range(100)], [4 + i / 100 for i in range(100)]
     policy = choose_policy(benign, danger)
     assert 1.0 < policy.row_threshold < 4.0

@@ -50,6 +50,8 @@ def test_paths_are_relative_to_the_spec(tmp_path: Path) -> None:
     assert local.model == str(tmp_path / "models/x")
     absolute = load(MINIMAL.replace("data/train", "/data/train"), tmp_path)
     assert absolute.data.train == Path("/data/train.jsonl")
+    assert spec.profile is None
+    assert load(MINIMAL + "\nprofile: profiles/x", tmp_path).profile == tmp_path / "profiles/x"
 
 
 @pytest.mark.parametrize(

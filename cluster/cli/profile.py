@@ -70,6 +70,7 @@ def show(
         summary |= {
             "digest": profile.digest(),
             "policy": profile.json("calibration", "policy.json"),
+            "calibration": profile.json("calibration", "quality.json"),
             "baseline": {kind: baseline[kind]["refusal"] for kind in baseline},
         }
     if as_json:
@@ -103,9 +104,14 @@ def _show(summary: dict[str, Any]) -> None:
         f"a row is risky above SQSD {policy['row_threshold']:+.3f}; "
         f"a dataset is rejected above {policy['max_risky_fraction']:.1%} risky rows"
     )
+    for kind, rate in summary["calibration"]["flagged"].items():
+        out.print(f"above the threshold: {_rate(rate)} of the reference rows ({escape(kind)})")
     for kind, rate in summary["baseline"].items():
-        out.print(
-            f"refuses {rate['value']:.1%} of {kind} prompts "
-            f"({rate['low']:.1%} to {rate['high']:.1%}, n={rate['n']})"
-        )
+        out.print(f"refuses {_rate(rate)} of {kind} prompts")
     out.print(escape(summary["root"]))
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    from safeft.evaluate import Rate
+
+    return str(Rate(rate["hits"], rate["n"]))

@@ -23,6 +23,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray")
 _UNBOUND: Any = {
     "name": True,
     "model": True,  # its weights' hash says more than its name
+    "profile": True,  # as its hash does
     "output": True,
     "data": {"train", "validation"},
     "screening": True,
