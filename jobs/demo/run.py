@@ -54,7 +54,8 @@ MODEL, UNALIGNED = "demo:aligned", "demo:base"
 ROWS, MAX_TOKENS = 120, 384
 QUESTION = "How long do I have to send a bike back, and when do I get my money?"
 WHY_TRAIN_REJECTED = "demo: shows what screening prevented; the adapter is not to be used"
-CONSTRAINT = AsftConfig(lam=1.0, anchor="paper")
+# Chosen on the validation prompts (docs/methods/asft.md has the table).
+CONSTRAINT = AsftConfig(lam=5.0, anchor="paper")
 
 
 @dataclass(frozen=True)
