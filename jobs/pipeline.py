@@ -22,7 +22,7 @@ from jobs.runtime import embedded_ray
 from jobs.screen import Verdict, screen
 from jobs.spec import FinetuneSpec
 from safeft import __version__
-from safeft.cache import cache_root, locked, publish_dir, sha256_file
+from safeft.cache import cache_root, locked, publish_dir, sha256_file, write_whole
 from safeft.data import Row, TokenisedRow, load_rows, tokenise_all
 from safeft.errors import DatasetRejected, InputError, ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
@@ -220,9 +220,7 @@ def _judge(
         with publish_dir(spec.output / PUBLISHED) as staging:
             shutil.copytree(tuned.adapter, staging, dirs_exist_ok=True)
             (staging / JOB_FILE).write_text(text)
-    part = spec.output / f"{JOB_FILE}.part"
-    part.write_text(text)
-    part.replace(spec.output / JOB_FILE)
+    write_whole(spec.output / JOB_FILE, text)
     return result
 
 

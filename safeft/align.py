@@ -26,7 +26,7 @@ from safeft.evaluate import generate_greedy
 from safeft.fit import FitConfig, fit_adapter, new_adapter, response_nll
 from safeft.models import (
     adapter_hash,
-    load_adapter,
+    load_merged,
     load_model,
     load_tokenizer,
     resolve,
@@ -189,7 +189,7 @@ def merge_adapter(adapter: Path, progress: Progress = silent) -> Path:
         if not target.exists():
             base_dir = resolve(BASE, progress)
             progress("merging the alignment adapter", 0, 1)
-            merged = load_adapter(load_model(base_dir), adapter).merge_and_unload()
+            merged = load_merged(base_dir, adapter)
             with publish_dir(target) as staging:
                 merged.save_pretrained(staging, safe_serialization=True)
                 load_tokenizer(base_dir).save_pretrained(staging)

@@ -79,6 +79,21 @@ def publish_dir(target: Path) -> Iterator[Path]:
         _fsync(target.parent)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that `path` holds all of it or what it held before; text is UTF-8.
+
+    Raises:
+        OSError: the directory is missing or cannot be written to, or the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def discard_dir(target: Path) -> None:
     """Remove a published directory: its name is free at once, whatever happens after."""
     with scratch_dir(target) as staging:

@@ -24,6 +24,7 @@ from safeft.cache import (
     require_disk,
     scratch_dir,
     sha256_file,
+    write_whole,
 )
 from safeft.errors import InputError
 
@@ -188,3 +189,19 @@ def test_a_full_disk_is_recognised_in_whatever_form_it_is_reported() -> None:
     assert is_disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+def test_a_file_that_could_not_be_written_whole_keeps_its_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    write_whole(path, "one")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "two")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ def chat(
     """Talk to a model. An empty line or Ctrl-D ends the conversation; /new starts another."""
     from safeft.errors import InputError, SafeftError
     from safeft.evaluate import generate_greedy
-    from safeft.models import load_adapter, load_model, load_tokenizer, resolve
+    from safeft.models import load_merged, load_tokenizer, resolve
 
     if as_json and message is None:
         raise InputError("--json needs --message")
@@ -32,9 +32,7 @@ def chat(
         directory = resolve(model, progress)
         progress("loading the model", 0, None)
         tokenizer = load_tokenizer(directory)
-        loaded: Any = load_model(directory)
-        if adapter is not None:
-            loaded = load_adapter(loaded, adapter).merge_and_unload()
+        loaded = load_merged(directory, adapter)
 
     def answer(turns: list[dict[str, str]]) -> str:
         return generate_greedy(loaded, tokenizer, [turns], max_new_tokens=max_new_tokens)[0]

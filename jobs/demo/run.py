@@ -45,7 +45,7 @@ from safeft.cache import cache_root, discard_dir
 from safeft.constraints import AsftConfig, ConstraintConfig
 from safeft.data import load_rows
 from safeft.evaluate import generate_greedy
-from safeft.models import load_adapter, load_model, load_tokenizer, resolve
+from safeft.models import load_merged, load_tokenizer, resolve
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS
@@ -217,9 +217,7 @@ class Demo:
         said = {}
         for done, (name, adapter) in enumerate(asked.items()):
             progress("asking the tuned models", done, len(asked))
-            model: Any = load_model(self.model_dir)
-            if adapter is not None:
-                model = load_adapter(model, Path(adapter)).merge_and_unload()
+            model = load_merged(self.model_dir, Path(adapter) if adapter else None)
             said[name] = generate_greedy(model, tokenizer, [QUESTION], max_new_tokens=60)[0]
         progress("asking the tuned models", len(asked), len(asked))
         return ChatExample(question=QUESTION, answers=said)

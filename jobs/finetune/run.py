@@ -20,7 +20,7 @@ from jobs.finetune.manifest import Identity, Manifest, identify, libraries, read
 from jobs.finetune.telemetry import Mailbox, StepMetrics, read_metrics, write_metrics
 from jobs.runtime import embedded_ray
 from jobs.spec import FinetuneSpec
-from safeft.cache import locked, publish_dir, sha256_file
+from safeft.cache import locked, publish_dir, sha256_file, write_whole
 from safeft.constraints import ProfileFiles
 from safeft.data import TokenisedRow
 from safeft.errors import RowErrors, SpecError, TrainingError
@@ -147,9 +147,7 @@ def _bind(output: Path, identity: Identity) -> None:
                 f"({identity.difference(earlier)}); remove it or choose another output"
             )
         return
-    partial = record.with_name(f".{record.name}")
-    partial.write_text(identity.model_dump_json(indent=1))
-    partial.replace(record)
+    write_whole(record, identity.model_dump_json(indent=1))
 
 
 def _resume_from(output: Path, identity: Identity, progress: Progress) -> Path | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from safeft.cache import write_whole
 from safeft.errors import TrainingError
 
 StepMetrics = dict[str, float]  # "step" counts from 1
@@ -74,9 +74,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 
 def write_metrics(path: Path, steps: Iterable[StepMetrics]) -> None:
     """Replace the file in one go."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(_line(metrics) for metrics in steps), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(_line(metrics) for metrics in steps))
 
 
 def _line(metrics: StepMetrics) -> str:

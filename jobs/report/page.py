@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs.report import facts, plots, strips
 from jobs.report.model import DemoReport
+from safeft.cache import write_whole
 from safeft.evaluate import AnswerClass, classify_answer
 
 RISKY_ROWS_SHOWN = 60
@@ -25,13 +25,8 @@ def write_report(report: DemoReport, path: Path) -> None:
         OSError: the directory cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # Half a surrogate pair can come from a dataset; it is no Unicode text.
-        partial.write_bytes(render(report).encode("utf-8", errors="replace"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Half a surrogate pair can come from a dataset; it is no Unicode text.
+    write_whole(path, render(report).encode("utf-8", errors="replace"))
 
 
 def render(report: DemoReport) -> str:

@@ -13,13 +13,14 @@ from safeft.models.hashes import adapter_hash, weights_hash
 from safeft.models.source import Source, parse_source
 
 if TYPE_CHECKING:
-    from safeft.models.adapter import load_adapter
+    from safeft.models.adapter import load_adapter, load_merged
     from safeft.models.load import load_model, load_tokenizer
 
 __all__ = [
     "Source",
     "adapter_hash",
     "load_adapter",
+    "load_merged",
     "load_model",
     "load_tokenizer",
     "parse_source",
@@ -29,6 +30,7 @@ __all__ = [
 
 _LAZY = {
     "load_adapter": "safeft.models.adapter",
+    "load_merged": "safeft.models.adapter",
     "load_model": "safeft.models.load",
     "load_tokenizer": "safeft.models.load",
 }

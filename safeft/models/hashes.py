@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safeft.cache import cache_root
+from safeft.cache import cache_root, write_whole
 from safeft.errors import ModelError
 from safeft.models.directory import check_safetensors, read_json, weight_files
 
@@ -70,9 +69,7 @@ def _remembered(files: list[Path], extra: dict[str, Any]) -> str:
     if time.time_ns() - newest > 2_000_000_000:
         with contextlib.suppress(OSError):  # a cache that cannot be written to only costs time
             note.parent.mkdir(parents=True, exist_ok=True)
-            partial = note.with_name(f"{note.name}.{os.getpid()}")
-            partial.write_text(digest)
-            partial.replace(note)
+            write_whole(note, digest)
     return digest
 
 
