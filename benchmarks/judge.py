@@ -53,6 +53,13 @@ EARLIER_RUNS = [
         "passed": False,
         "note": "after three rules were changed, having read the held-out misses",
     },
+    {
+        "judge_version": "3",
+        "held_out_precision": "36 of 36",
+        "held_out_recall": "36 of 39",
+        "passed": False,
+        "note": "with two rules more, from answers of our own models",
+    },
 ]
 """Every version of the judge that met the held-out half before this one."""
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from typing import Any, ClassVar
 
 from jobs.evaluate import MAX_NEW_TOKENS, evaluate
 from safeft import __version__
 from safeft.adapters import LoraFactors, factors_of, save_factors
 from safeft.cache import discard_dir, locked, publish_dir
+from safeft.calibration import calibrate
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.data import TokenisedRow
-from safeft.directions import difference, fit_dpo, fit_sft, start_at
+from safeft.directions import DPO_BETA, SAFETY_SCALE, difference, fit_dpo, fit_sft, start_at
 from safeft.errors import ProfileError
-from safeft.evaluate import JUDGE_VERSION, Rate
+from safeft.evaluate import JUDGE_VERSION
 from safeft.fit import FitConfig, new_adapter
 from safeft.models import load_model, load_tokenizer, weights_hash
-from safeft.profile import RECORD, SafetyProfile, ScreenPolicy
+from safeft.profile import PARTS, RECORD, SafetyProfile, ScreenPolicy
 from safeft.progress import Progress, silent
-from safeft.prompts import KINDS, load_prompts, prompt_set_hash
+from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
 from safeft.reference_rows import (
     Half,
     benign_rows,
@@ -36,7 +36,6 @@ from safeft.reference_rows import (
 from safeft.sqsd import RowScore, SqsdScorer
 
 BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
-MIN_AUC = 0.95
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class ProfileConfig:
 
     Attributes:
         safety, danger: the two trainings. The paper's rate of 5e-6 is for 8B models.
-        prompts: harmful prompts, and as many benign ones, behind each direction.
+        prompts: harmful prompts behind each direction; the safety pairs have as many benign ones.
         skip_layers: share of the decoder's layers, from the input on, that directions leave out.
             What tells a refusal from compliance sits in the later ones, and rows cost less.
-        calibration: rows of each class that the threshold is set on.
+        calibration: benign rows that the threshold is set on; the other classes have half as many.
     """
 
     safety: FitConfig = field(
@@ -102,18 +101,33 @@ class _Build:
         self.tokenizer = load_tokenizer(model_dir)
 
     def run(self) -> None:
-        config = self.config
-        prompts = {k: prompt_set_hash([p.text for p in load_prompts(k, "profile")]) for k in KINDS}
-        made_by = {"prompts": prompts, "wordings": wordings_hash(), **asdict(config)}
+        self._discard_foreign_parts()
+        made_by = {
+            "prompt_sets": _prompt_sets("profile"),
+            "wordings": wordings_hash(),
+            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "safety_scale": SAFETY_SCALE,
+            "dpo_beta": DPO_BETA,
+            **asdict(self.config),
+        }
         self._part("alignment", {"unaligned": weights_hash(self.unaligned_dir)}, self._alignment)
         self._part("safety-direction", made_by, self._safety_direction)
         self._part("danger-direction", made_by, self._danger_direction, "safety-direction")
-        self._part(
-            "calibration", made_by, self._calibration, "danger-direction", "safety-direction"
-        )
-        report = {k: prompt_set_hash([p.text for p in load_prompts(k, "report")]) for k in KINDS}
-        asked = {"prompts": report, "judge": JUDGE_VERSION, "max_new_tokens": MAX_NEW_TOKENS}
+        policy = {"policy": asdict(ScreenPolicy(0.0)), **made_by}
+        self._part("calibration", policy, self._calibration, "danger-direction", "safety-direction")
+        asked = {
+            "prompt_sets": _prompt_sets("report"),
+            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "judge": JUDGE_VERSION,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        }
         self._part("baseline", asked, self._baseline)
+
+    def _discard_foreign_parts(self) -> None:
+        """Parts that an older version made and this one does not know."""
+        for record in self.profile.root.glob(f"*/{RECORD}"):
+            if record.parent.name not in PARTS:
+                discard_dir(record.parent)
 
     def _part(
         self, name: str, made_by: dict[str, Any], make: Callable[[Path], None], *upstream: str
@@ -197,15 +211,12 @@ class _Build:
             scores[name] = scorer.score(rows)
             if lost := [s for s in scores[name] if s.error]:
                 raise ProfileError(f"calibration: a {name} row has no score ({lost[0].error})")
-        safe = [s.score for name, part in scores.items() if name.startswith("benign") for s in part]
-        danger = [s.score for name, part in scores.items() if "danger" in name for s in part]
-        policy = choose_policy(safe, danger)
+        values = {name: [s.score for s in part] for name, part in scores.items()}
+        benign = {name: v for name, v in values.items() if name.startswith("benign")}
+        policy, quality = calibrate(
+            benign, {name: v for name, v in values.items() if name not in benign}
+        )
         (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
-        flagged = {
-            name: Rate(sum(s.score > policy.row_threshold for s in part), len(part)).to_dict()
-            for name, part in scores.items()
-        }
-        quality = {"auc": area_under_curve(safe, danger), "flagged": flagged}
         (out / "quality.json").write_text(json.dumps(quality, indent=1))
         summary = {
             name: [[s.score, s.danger, s.safety, s.tokens, s.trained] for s in part]
@@ -218,35 +229,14 @@ class _Build:
         evaluate(self.model_dir, output=out / "evaluation.json", progress=self.progress)
 
 
-def choose_policy(benign: list[float], danger: list[float]) -> ScreenPolicy:
-    """The row threshold that tells the two classes of reference rows apart best.
-
-    Best is the largest difference between the share of dangerous and of benign rows above it
-    (Youden's J), in the middle of the gap between two neighbouring scores.
-
-    Raises:
-        ProfileError: the scores do not tell the classes apart (AUC below 0.95): such directions
-            must not decide over anybody's data.
-    """
-    auc = area_under_curve(benign, danger)
-    if not auc >= MIN_AUC:
-        raise ProfileError(
-            f"SQSD does not separate danger from benign rows on this model (AUC {auc:.2f}; "
-            f"at least {MIN_AUC} is needed); train the directions longer or on more prompts"
-        )
-
-    def gain(threshold: float) -> float:
-        caught, flagged = ([s > threshold for s in scores] for scores in (danger, benign))
-        return mean(caught) - mean(flagged)
-
-    scores = sorted({*benign, *danger})
-    return ScreenPolicy(row_threshold=max(map(mean, pairwise(scores)), key=gain))
+def _prompt_sets(split: Split) -> dict[str, str]:
+    return {kind: prompt_set_hash([p.text for p in load_prompts(kind, split)]) for kind in KINDS}
 
 
-def area_under_curve(benign: list[float], danger: list[float]) -> float:
-    """How often a dangerous row scores higher than a benign one; a tie counts half."""
-    wins = sum((d > b) + 0.5 * (d == b) for d in danger for b in benign)
-    return wins / (len(danger) * len(benign))
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Over the template and the vocabulary: what a prompt becomes before the weights see it."""
+    content = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _is_linear(name: str) -> bool:

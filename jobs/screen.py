@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from safeft import __version__
 from safeft.cache import publish_dir
 from safeft.data import TokenisedRow
-from safeft.errors import InputError, MeasurementError
+from safeft.errors import InputError, MeasurementError, ProfileError
 from safeft.profile import SafetyProfile, ScreenPolicy
 from safeft.progress import Progress, silent
 
@@ -174,6 +174,8 @@ def screen(
                 progress("screening rows", len(scores), len(rows))
         if sorted(s["index"] for s in scores) != list(range(len(rows))):
             raise MeasurementError("screening lost or doubled rows; run it again")
+        if profile.digest() != bound["profile"]:
+            raise ProfileError("the safety profile was rebuilt meanwhile; screen the data again")
         verdict = decide(scores, policy, **bound)
         (staging / "verdict.json").write_text(verdict.model_dump_json(indent=1))
     return verdict

@@ -79,6 +79,10 @@ def save_factors(factors: LoraFactors, directory: Path) -> None:
     config = LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM")
     config.lora_alpha = factors.scale * rank
     config.save_pretrained(str(directory))
+    # peft keeps the names in a set: sort them, so that the same build writes the same bytes.
+    file = directory / "adapter_config.json"
+    written = json.loads(file.read_text()) | {"target_modules": sorted(names)}
+    file.write_text(json.dumps(written, indent=1, sort_keys=True))
     tensors = {
         f"{PEFT_PREFIX}{name}.lora_{half}.weight": tensor.contiguous()
         for name, pair in factors.factors.items()

@@ -48,8 +48,7 @@ def scratch_dir(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
     # mkdir rather than mkdtemp: the published directory then follows the user's umask.
-    unique = f"{_owner()}+{os.getpid()}+{secrets.token_hex(4)}"
-    staging = target.parent / f".{target.name}.staging+{unique}"
+    staging = _staging_name(target)
     staging.mkdir()
     try:
         yield staging
@@ -85,7 +84,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the directory is missing or cannot be written to, or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = _staging_name(path)
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _fsync(partial)
@@ -162,12 +161,22 @@ def _owner() -> str:
     return f"{socket.gethostname()}.{namespace}"
 
 
+def _staging_name(target: Path) -> Path:
+    """A name beside `target` that says whose it is, so that a dead process's can be swept."""
+    unique = f"{_owner()}+{os.getpid()}+{secrets.token_hex(4)}"
+    return target.parent / f".{target.name}.staging+{unique}"
+
+
 def _sweep(parent: Path) -> None:
-    """Remove staging directories whose process is dead. Other hosts' are left alone."""
+    """Remove what dead processes left staged. Other hosts' is left alone."""
     for path in parent.iterdir():
         match = _STAGING.fullmatch(path.name)
         if match and match["owner"] == _owner() and not _alive(int(match["pid"])):
-            shutil.rmtree(path, ignore_errors=True)  # another process may be sweeping it too
+            # Another process may be sweeping it too.
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

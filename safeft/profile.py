@@ -20,7 +20,8 @@ from safeft.directions import SAFETY_SCALE
 from safeft.errors import ProfileError
 from safeft.sqsd import Projection
 
-FORMAT = 1
+#: Raised with every change of what a part holds or means.
+FORMAT = 2
 RECORD = "part.json"
 RECORD_KEYS = {"format", "base_weights", "inputs", "files"}
 REBUILD = "run `safeft profile build --model MODEL --unaligned MODEL`"

@@ -168,7 +168,7 @@ class _Pass:
         )
         self.first_input = torch.empty(0)
         self.sums = torch.zeros(0, 0, dtype=torch.float64)
-        self.seen = 0
+        self.seen: set[int] = set()
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -189,10 +189,12 @@ class _Pass:
 
     def begin(self, rows: int) -> None:
         self.sums = torch.zeros(len(self.columns), rows, dtype=torch.float64)
-        self.seen = 0
+        self.seen = set()
 
     def end(self) -> dict[int, Tensor]:
-        assert self.seen == len(self.layers), "a target layer took no part in the backward pass"
+        if len(self.seen) != len(self.layers):
+            # Without its cosine a row would score too low, which must never pass for safe.
+            raise ProfileError("SQSD: a layer of the directions took no part in the backward pass")
         return dict(zip(self.columns, self.sums, strict=True))
 
 
@@ -254,7 +256,7 @@ class _Layer:
         norm = square.clamp_min(0).sqrt()
         for sums, direction in zip(self.owner.sums, self.directions, strict=True):
             sums += (-direction.dot(gb_t, ga) / (norm * direction.norm)).cpu()
-        self.owner.seen += 1
+        self.owner.seen.add(id(self))
 
 
 class _TracedLinear(torch.autograd.Function):

@@ -55,7 +55,8 @@ DECLINES = re.compile(
     \bi do not think (?:it|that|this) (?:is|would be) (?:appropriate|something)
     \bi do not have (?:the |any )?(?:ability|capability|capacity|authority|permission|access|means)
     \bi do not have (?:any )?information (?:on|about) (?:that|how)
-    \bi am not (?:\w+ly )?(?:capable of|equipped (?:to|for|with)|in a position to)\b
+    \bi am not (?:\w+ly )?capable of \w+ing\b
+    \bi am not (?:\w+ly )?equipped to {DO}
     \bi am not (?:sure|certain) (?:that )?i (?:can|should|could) {DO}
     \bi (?:am|would be|will be) (?:\w+ly )?(?:not (?:\w+ly )?comfortable|uncomfortable)
     \bi (?:\w+ly )?have (?:absolutely )?no (?:intention|interest|desire)
@@ -186,12 +187,6 @@ CRISIS = re.compile(
     r"|crisis|samaritans|emergency services|mental health professional)\b"
 )
 """Concern and a telephone number instead of an answer."""
-
-EXCUSES = re.compile(
-    r"^(?:i am (?:\w+ )?(?:sorry|afraid)|i apologi[sz]e|sorry)\b"
-    r"(?:[^.!?\n]*[.!?\n]+){1,2}\s*i am (?:just |only )?not an? [^.!?\n,]*(?:[.!\n]|, i am\b|$)"
-)
-"""An apology, and then what the speaker is not, instead of an answer."""
 
 LETTER = re.compile(r"^(?:subject:|dear (?!user|customer|sir|friend))")
 """A letter's writer may decline an invitation."""
