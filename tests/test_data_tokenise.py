@@ -285,7 +285,7 @@ def test_a_row_longer_than_max_tokens_names_its_length_and_is_never_cut() -> Non
     assert tokenise(chat, tokenizer, n) == tokens
     assert refusal(chat, tokenizer, n - 1) == (
         "row",
-        f"{n} tokens, over max_tokens={n - 1}: shorten it",
+        f"{n} tokens, over max_tokens={n - 1}: shorten it or raise max_tokens",
     )
 
 

@@ -126,7 +126,10 @@ def _tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> 
     text = render(chat, tokenizer, for_reply=False)
     ids, offsets = _encode(text, tokenizer)
     if len(ids) > max_tokens:
-        raise FieldError("row", f"{len(ids)} tokens, over max_tokens={max_tokens}: shorten it")
+        raise FieldError(
+            "row",
+            f"{len(ids)} tokens, over max_tokens={max_tokens}: shorten it or raise max_tokens",
+        )
     slots = find_slots(text, chat, tokenizer, for_reply=False)
     special = special_ids(tokenizer)
     _check_no_hidden_control_tokens(text, ids, offsets, slots, special)
