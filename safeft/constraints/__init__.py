@@ -7,10 +7,13 @@ Attributes:
 
 from safeft.constraints.asft import Asft, AsftConfig
 from safeft.constraints.base import Constraint, ProfileFiles
+from safeft.constraints.cwac import Cwac, CwacConfig
+from safeft.constraints.frozen import Frozen, FrozenConfig
 from safeft.constraints.hooks import ConstraintHooks
 from safeft.constraints.l2 import L2, L2Config
+from safeft.constraints.safelora import SafeLora, SafeLoraConfig
 
-ConstraintConfig = AsftConfig | L2Config
+ConstraintConfig = AsftConfig | CwacConfig | L2Config | SafeLoraConfig | FrozenConfig
 
 __all__ = [
     "L2",
@@ -19,6 +22,12 @@ __all__ = [
     "Constraint",
     "ConstraintConfig",
     "ConstraintHooks",
+    "Cwac",
+    "CwacConfig",
+    "Frozen",
+    "FrozenConfig",
     "L2Config",
     "ProfileFiles",
+    "SafeLora",
+    "SafeLoraConfig",
 ]

@@ -5,7 +5,8 @@ is made of the layer's alignment direction V. In factors, with ``C = U·diag(c)�
 
     X = B − U·(c ∘ (Uᵀ·B)),   ‖(I − C)·B·A‖_F² = sum((XᵀX) ∘ (A·Aᵀ))
 
-so nothing larger than the factors and U is ever formed.
+so nothing larger than the factors and U is ever formed. Weights that are trained whole have their
+penalty from `safeft.constraints.anchored`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from safeft.constraints.alignment import AlignmentDirection, load_directions
 from safeft.constraints.base import (
+    Anchor,
     Constraint,
     FactorStack,
     ProfileFiles,
     groups_of_one_shape,
 )
-from safeft.constraints.l2 import check_strength, squared_norms, update_norm
+from safeft.constraints.l2 import check_strength, covered, squared_norms, update_norm
 from safeft.errors import ProfileError
 from safeft.lora import LoraPair
+from safeft.weights import FullWeight, Layers, TrainedLayers, chosen_layers
 
 _REBUILD = "rebuild it with `safeft profile build`"
 
@@ -42,15 +45,18 @@ class AsftConfig:
             ``projector``: ``C = U_k·U_kᵀ``.
         energy: share of ``‖V‖_F²`` that the k columns of the projector hold.
         include_scale: ``ΔW = s·B·A``; the paper's ΔW is ``B·A``.
+        layers: endings of layer names, or every trained linear layer of the decoder.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    parts: ClassVar[tuple[str, ...]] = ("alignment",)
 
     kind: Literal["asft"] = "asft"
     lam: float = 1.0
     anchor: Literal["paper", "projector"] = "paper"
     energy: float = 0.99
     include_scale: bool = False
+    layers: Layers = "all-linear"
 
     def __post_init__(self) -> None:
         check_strength(self.lam)
@@ -63,12 +69,7 @@ class AsftConfig:
         Raises:
             ProfileError: the profile has no alignment direction.
         """
-        if profile.alignment is None:
-            raise ProfileError(
-                "constraint asft needs the alignment direction of the base model; "
-                "make it with `safeft profile build`"
-            )
-        return Asft(self, load_directions(profile.alignment))
+        return Asft(self, load_directions(profile.part("alignment", self.kind)))
 
 
 class Asft(Constraint):
@@ -79,14 +80,29 @@ class Asft(Constraint):
     def __init__(self, config: AsftConfig, directions: Mapping[str, AlignmentDirection]) -> None:
         self._config = config
         self._directions = directions
-        self._anchors: list[tuple[Tensor, Tensor]] = []  # (U, c) of each stack
+        self._stacked: list[tuple[Tensor, Tensor]] = []  # (U, c) of each stack
+        self._whole: dict[str, Anchor] = {}
+        self._names: set[str] = set()
 
-    def bind(self, pairs: Mapping[str, LoraPair]) -> None:
-        self._anchors = [self._stack(group) for group in groups_of_one_shape(pairs)]
+    def bind(self, layers: TrainedLayers) -> None:
+        self._names = set(chosen_layers(layers, self._config.layers, self.name))
+        pairs = {name: layer for name, layer in layers.items() if isinstance(layer, LoraPair)}
+        self._stacked = [self._stack(group) for group in groups_of_one_shape(pairs)]
+        self._whole = {
+            name: Anchor(self._config.lam, *self._anchor(layer))
+            for name, layer in layers.items()
+            if isinstance(layer, FullWeight) and name in self._names
+        }
+
+    def anchors(self) -> Mapping[str, Anchor]:
+        return self._whole
 
     def penalty(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
         return [
-            self._config.lam * norms * (stack.scale**2 if self._config.include_scale else 1.0)
+            self._config.lam
+            * covered(stack, self._names)
+            * norms
+            * (stack.scale**2 if self._config.include_scale else 1.0)
             for stack, norms in zip(stacks, self._orthogonal(stacks), strict=True)
         ]
 
@@ -105,18 +121,23 @@ class Asft(Constraint):
 
     def _orthogonal(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
         """``‖(I − C)·B·A‖_F²`` of each module: one ``(L,)`` vector a stack."""
-        if stacks and stacks[0].B.device != self._anchors[0][0].device:
+        if stacks and stacks[0].B.device != self._stacked[0][0].device:
             device = stacks[0].B.device  # the model moved after bind: follow it, once
-            self._anchors = [(U.to(device), c.to(device)) for U, c in self._anchors]
+            self._stacked = [(U.to(device), c.to(device)) for U, c in self._stacked]
         norms = []
-        for stack, (U, c) in zip(stacks, self._anchors, strict=True):
+        for stack, (U, c) in zip(stacks, self._stacked, strict=True):
             X = stack.B - U @ (c[:, :, None] * (U.mT @ stack.B))
             norms.append(squared_norms(X, stack.A))
         return norms
 
     def _stack(self, group: Sequence[LoraPair]) -> tuple[Tensor, Tensor]:
         """U ``(L, d_out, k)`` and C's eigenvalues ``(L, k)``, padded with zeros to one k."""
-        anchors = [self._anchor(pair) for pair in group]
+        anchors = [
+            self._anchor(pair)
+            if pair.name in self._names
+            else (torch.zeros(pair.d_out, 0), torch.zeros(0))
+            for pair in group
+        ]
         k = max(c.numel() for _, c in anchors)
         U = torch.zeros(len(group), group[0].d_out, k)
         eigenvalues = torch.zeros(len(group), k)
@@ -125,12 +146,12 @@ class Asft(Constraint):
             eigenvalues[index, : c.numel()] = c
         return U, eigenvalues
 
-    def _anchor(self, pair: LoraPair) -> tuple[Tensor, Tensor]:
+    def _anchor(self, pair: LoraPair | FullWeight) -> tuple[Tensor, Tensor]:
         """U and the eigenvalues of C of one module. Where V is 0, C is 0: plain ``‖ΔW‖²``."""
         if pair.name not in self._directions:
             raise ProfileError(
                 f"constraint asft: the profile holds no alignment direction of {pair.name}; "
-                f"{_REBUILD}, or leave the module out of lora.target_modules"
+                f"{_REBUILD}, or leave the module out of the constraint's layers"
             )
         direction = self._directions[pair.name]
         if direction.U.shape[0] != pair.d_out:
@@ -143,7 +164,9 @@ class Asft(Constraint):
         if self._config.anchor == "paper":
             # max: where V is 0 there is nothing to divide.
             c = squares / squares.sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-            return direction.U, c.float()
+            # Below half of fp32's resolution beside the identity a direction changes nothing.
+            seen = int((c > torch.finfo(torch.float32).eps / 2).sum())
+            return direction.U[:, :seen], c[:seen].float()
         held = squares.cumsum(0) / squares.sum()
         k = min(int((held < self._config.energy).sum()) + 1, squares.numel())
         return direction.U[:, :k], torch.ones(k)

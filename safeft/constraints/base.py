@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from safeft.errors import TrainingError
+from safeft.errors import ProfileError, TrainingError
 from safeft.lora import LoraPair
+from safeft.weights import TrainedLayers
+
+if TYPE_CHECKING:
+    from safeft.adapters import LoraFactors  # imports peft: seconds
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,30 @@ class ProfileFiles:
     """Where the parts of the base model's safety profile lie that constraints read.
 
     None: the run was given no such part. A constraint that needs it then fails closed.
+
+    Attributes:
+        alignment: the file with the alignment directions.
+        harmful_inputs: the directory with the harmful-input subspaces.
+        autoencoder: the directory with the autoencoder, its latents and their baselines.
     """
 
     alignment: Path | None = None
+    harmful_inputs: Path | None = None
+    autoencoder: Path | None = None
+
+    def part(self, name: str, constraint: str) -> Path:
+        """The path of a part, by the part's name in the profile.
+
+        Raises:
+            ProfileError: the run was given none.
+        """
+        path: Path | None = getattr(self, name.replace("-", "_"))
+        if path is None:
+            raise ProfileError(
+                f"constraint {constraint} needs the part {name!r} of the base model's safety "
+                f"profile; make it with `safeft profile build --part {name}`"
+            )
+        return path
 
 
 @dataclass(frozen=True)
@@ -42,21 +67,52 @@ class FactorStack:
     scale: float
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A quadratic penalty on a layer that is trained whole: ``λ · ‖(I − U·diag(c)·Uᵀ)·ΔW‖_F²``.
+
+    Attributes:
+        lam: λ.
+        U: ``(d_out, k)``, orthonormal columns; k = 0: plain ``λ‖ΔW‖²``.
+        c: ``(k,)``.
+    """
+
+    lam: float
+    U: Tensor
+    c: Tensor
+
+
+@dataclass(frozen=True)
+class ForwardTerm:
+    """A term of the loss from a forward pass of its own.
+
+    Attributes:
+        loss: a scalar; what counts is its mean over the ranks.
+        penalty: that mean.
+        metrics: more to say about it.
+    """
+
+    loss: Tensor
+    penalty: float
+    metrics: Mapping[str, float]
+
+
 class Constraint(ABC):
-    """One constraint. The trainer calls these four and does not know which one it holds."""
+    """One constraint. The trainer calls these and does not know which one it holds."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def bind(self, pairs: Mapping[str, LoraPair]) -> None:
-        """Called once, before the first step: check and take what these modules need.
+    def bind(self, layers: TrainedLayers) -> None:
+        """Called once, before the first step: check and take what these layers need.
 
         Raises:
-            ProfileError: the profile lacks something; the module is named. Fails closed.
+            ProfileError: the profile lacks something; the layer is named. Fails closed.
+            ModelError: the constraint covers none of the layers.
         """
 
     def penalty(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
-        """The term this constraint adds to the task loss, differentiable in the stacks' A and B.
+        """Under LoRA: what is added to the task loss, differentiable in the stacks' A and B.
 
         Returns:
             One ``(L,)`` vector for each stack (in order): the contribution of each module, so that
@@ -65,11 +121,37 @@ class Constraint(ABC):
         """
         return []
 
-    def after_step(self) -> None:  # noqa: B027  (most constraints need none)
-        """Called after each optimizer step; a constraint on the weights themselves acts here."""
+    def anchors(self) -> Mapping[str, Anchor]:
+        """Under full-parameter training: the penalty on each covered layer, by its name."""
+        return {}
+
+    def update_bases(self) -> Mapping[str, Tensor]:
+        """U ``(d_in, k)`` by layer, orthonormal columns: after each step ``ΔW ← ΔW·(I − U·Uᵀ)``."""
+        return {}
+
+    def gradient_bases(self) -> Mapping[str, Tensor]:
+        """U ``(d_in, k)`` by layer: each gradient ``G ← G·(I − U·Uᵀ)`` before the optimizer."""
+        return {}
+
+    def frozen(self) -> Collection[str]:
+        """Layers that are not trained at all."""
+        return ()
+
+    def forward_loss(self, model: nn.Module, step: int) -> ForwardTerm | None:
+        """A term of the loss that needs a forward pass of its own; None: there is none.
+
+        Args:
+            model: the causal language model, in training.
+            step: the 0-based optimizer step, from which all ranks draw the same batch.
+        """
+        return None
+
+    def finish_adapter(self, factors: LoraFactors) -> LoraFactors:
+        """A change that is made once, to the trained adapter."""
+        return factors
 
     def metrics(self, stacks: Sequence[FactorStack]) -> dict[str, float]:
-        """What the constraint says about the current update. A number that is 0/0 is left out."""
+        """Under LoRA: what to say about the current update. A number that is 0/0 is left out."""
         return {}
 
 

@@ -1,0 +1,140 @@
+"""CWAC: coupled weight and activation constraints.
+
+Source: arXiv 2604.12384 (ACL 2026). Weight side: updates are kept out of the span U of the inputs
+that a layer sees while the base model reads harmful prompts, ``ΔW ← ΔW·(I − U·Uᵀ)``, so that its
+outputs on them stay. Activation side: see `safeft.constraints.activation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from safeft.constraints.base import Constraint, FactorStack, ForwardTerm, ProfileFiles
+from safeft.constraints.l2 import check_strength, squared_norms
+from safeft.errors import ProfileError
+from safeft.weights import Layers, TrainedLayers, chosen_layers
+
+if TYPE_CHECKING:
+    from safeft.constraints.activation import ActivationPenalty
+    from safeft.constraints.subspaces import SavedSubspaces
+
+
+@dataclass(frozen=True)
+class CwacConfig:
+    """CWAC; what the paper leaves open has the reading closest to it as default.
+
+    Args:
+        mode: both sides, or one (the paper's ablation).
+        layers: endings of the layers whose updates are projected, or every trained linear layer.
+        positions: of which tokens the harmful inputs are: the prompts', those where the refusal is
+            produced, or both.
+        energy: share of the inputs' squared norm that U holds.
+        rank: U has at most so many columns.
+        project: ``update``: ΔW itself after each step; ``gradient``: as published, which Adam
+            undoes in part. Under LoRA both act on A, and A starts outside U.
+        lam: λ of the activation side.
+        harmful_batch: harmful prompts in each step's activation penalty, over all workers.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: Literal["cwac"] = "cwac"
+    mode: Literal["both", "weight_only", "activation_only"] = "both"
+    layers: Layers = ("down_proj",)
+    positions: Literal["prompt", "response", "both"] = "prompt"
+    energy: float = 0.99
+    rank: int | None = None
+    project: Literal["update", "gradient"] = "update"
+    lam: float = 0.5
+    harmful_batch: int = 4
+
+    def __post_init__(self) -> None:
+        check_strength(self.lam)
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy must be above 0 and at most 1, not {self.energy}")
+        for field in ("rank", "harmful_batch"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, not {value}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the safety profile that are needed."""
+        weights = () if self.mode == "activation_only" else ("harmful-inputs",)
+        return weights + (() if self.mode == "weight_only" else ("autoencoder",))
+
+    def build(self, profile: ProfileFiles) -> Cwac:
+        """The constraint.
+
+        Raises:
+            ProfileError: the profile lacks a part that the mode needs, or it cannot be read.
+        """
+        # Here, as reading a spec need not wait for transformers.
+        from safeft.constraints.activation import ActivationPenalty
+        from safeft.constraints.subspaces import load_subspaces
+        from safeft.latents import load_activation_targets
+
+        subspaces = penalty = None
+        if self.mode != "activation_only":
+            subspaces = load_subspaces(profile.part("harmful-inputs", self.kind))
+        if self.mode != "weight_only":
+            targets = load_activation_targets(profile.part("autoencoder", self.kind))
+            penalty = ActivationPenalty(targets, lam=self.lam, batch=self.harmful_batch)
+        return Cwac(self, subspaces, penalty)
+
+
+class Cwac(Constraint):
+    """Either side or both."""
+
+    name = "cwac"
+
+    def __init__(
+        self,
+        config: CwacConfig,
+        subspaces: SavedSubspaces | None,
+        activation: ActivationPenalty | None,
+    ) -> None:
+        self._config = config
+        self._subspaces = subspaces
+        self._activation = activation
+        self._bases: dict[str, Tensor] = {}  # U (d_in, k) of each covered layer
+
+    def bind(self, layers: TrainedLayers) -> None:
+        if self._subspaces is None:
+            return
+        config = self._config
+        for name in chosen_layers(layers, config.layers, self.name):
+            U = self._subspaces.basis(name, config.positions, config.energy, config.rank)
+            if U.shape[0] != layers[name].d_in:
+                raise ProfileError(
+                    f"constraint cwac: the harmful inputs of {name} have {U.shape[0]} numbers, but "
+                    f"the layer takes {layers[name].d_in}: the profile belongs to another model"
+                )
+            self._bases[name] = U
+
+    def update_bases(self) -> Mapping[str, Tensor]:
+        return self._bases if self._config.project == "update" else {}
+
+    def gradient_bases(self) -> Mapping[str, Tensor]:
+        return self._bases if self._config.project == "gradient" else {}
+
+    def forward_loss(self, model: nn.Module, step: int) -> ForwardTerm | None:
+        return None if self._activation is None else self._activation(model, step)
+
+    def metrics(self, stacks: Sequence[FactorStack]) -> dict[str, float]:
+        """``weight_drift``: ``‖ΔW·U‖_F / ‖ΔW‖_F`` over the covered layers; none at ΔW = 0."""
+        inside = total = 0.0
+        for stack in stacks:
+            for index, name in enumerate(stack.names):
+                if name not in self._bases:
+                    continue
+                A, B = stack.A[index], stack.B[index]
+                U = self._bases[name] = self._bases[name].to(A.device)
+                inside += stack.scale**2 * float(squared_norms(B[None], (A @ U)[None]))
+                total += stack.scale**2 * float(squared_norms(B[None], A[None]))
+        return {"weight_drift": math.sqrt(max(inside, 0.0) / total)} if total > 0 else {}
