@@ -1,4 +1,4 @@
-"""Evaluation: refusals, over-refusals and task loss of a base model with or without an adapter.
+"""Evaluation: refusals, over-refusals and task loss of a base model, as it is or fine-tuned.
 
 The result is one JSON file bound to the weights, the prompts and the judge; the same measurement
 asked for again is read instead of repeated.
@@ -24,7 +24,7 @@ from safeft.evaluate import (
     measure_refusals,
     teacher_forced,
 )
-from safeft.models import adapter_hash, load_merged, load_tokenizer, weights_hash
+from safeft.models import load_merged, load_tokenizer, tuned_hash, weights_hash
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
 
@@ -35,7 +35,7 @@ COMPARABLE = ("base_weights", "tokenizer", "split", "prompts", "judge", "max_new
 
 
 class Evaluation(BaseModel):
-    """What was measured on one (base, adapter) pair, and what it is bound to."""
+    """What was measured on one (base, adapter or tuned model) pair, and what it is bound to."""
 
     model_config = ConfigDict(extra="forbid")
     bound: dict[str, Any]
@@ -67,6 +67,8 @@ def evaluate(
     """Measure refusals on the project's prompt sets, and task loss on held-out rows.
 
     Args:
+        model_dir: the base model.
+        adapter: what fine-tuning made of it: a LoRA adapter or a whole model.
         output: a JSON file; an evaluation of the same things in it is returned as it is.
 
     Raises:
@@ -81,7 +83,7 @@ def evaluate(
     asked = [str(encode_prompt(p, tokenizer)) for prompts in sets.values() for p in prompts]
     bound: dict[str, Any] = {
         "base_weights": weights_hash(model_dir),
-        "adapter": adapter_hash(adapter) if adapter else None,
+        "adapter": tuned_hash(adapter) if adapter else None,
         "tokenizer": prompt_set_hash(asked),
         "split": split,
         "prompts": {kind: prompt_set_hash(prompts) for kind, prompts in sets.items()},

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.evaluate import COMPARABLE, Evaluation, evaluate
 from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
+from jobs.finetune.parts import needed_parts
 from jobs.runtime import embedded_ray
 from jobs.screen import Verdict, screen
 from jobs.spec import FinetuneSpec
@@ -30,7 +31,7 @@ from safeft.models import load_tokenizer, resolve, weights_hash
 from safeft.profile import REBUILD, SafetyProfile
 from safeft.progress import Progress, silent
 
-JOB_FILE, TRAINING, PUBLISHED = "job.json", "training", "adapter"
+JOB_FILE, TRAINING = "job.json", "training"
 MAX_DROP = 0.10  # a lower refusal rate than the baseline's by this much fails at any n
 
 
@@ -46,7 +47,7 @@ class Gate(BaseModel):
 
 
 class JobResult(BaseModel):
-    """Everything a finished job leaves, beside the adapter itself."""
+    """Everything a finished job leaves, beside the weights themselves."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -158,6 +159,7 @@ def run_job(
     model_dir = resolve(spec.model, progress)
     profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
     profile.verify()
+    parts = needed_parts(spec, profile)
     before = _baseline(profile)
     max_tokens = spec.data.max_tokens
     dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
@@ -176,7 +178,7 @@ def run_job(
             spec,
             rows=dataset.tokenised,
             model_dir=model_dir,
-            directions=profile.path("alignment") / "directions.safetensors",
+            profile=parts,
             output=spec.output / TRAINING,
             progress=progress,
         )
@@ -194,7 +196,7 @@ def _judge(
 ) -> JobResult:
     after = evaluate(
         model_dir,
-        tuned.adapter,
+        tuned.weights,
         held_out=held_out,
         max_tokens=spec.data.max_tokens,
         output=spec.output / "evaluation.json",
@@ -203,11 +205,12 @@ def _judge(
     gate = safety_gate(before, after)
     # Rejected data may be trained on for a stated reason, but what comes of it is not published.
     publish = gate.passed and verdict.verdict == "accepted"
+    published = spec.output / tuned.manifest.kind
     result = JobResult(
         name=spec.name,
         status="succeeded" if gate.passed else "gate_failed",
-        candidate=str(tuned.adapter),
-        published=str(spec.output / PUBLISHED) if publish else None,
+        candidate=str(tuned.weights),
+        published=str(published) if publish else None,
         verdict=verdict,
         override_reason=spec.screening.override_reason,
         manifest=tuned.manifest,
@@ -216,9 +219,9 @@ def _judge(
         gate=gate,
     )
     text = result.model_dump_json(indent=1)
-    if publish and not (spec.output / PUBLISHED).exists():
-        with publish_dir(spec.output / PUBLISHED) as staging:
-            shutil.copytree(tuned.adapter, staging, dirs_exist_ok=True)
+    if publish and not published.exists():
+        with publish_dir(published) as staging:
+            shutil.copytree(tuned.weights, staging, dirs_exist_ok=True)
             (staging / JOB_FILE).write_text(text)
     write_whole(spec.output / JOB_FILE, text)
     return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
@@ -103,13 +104,16 @@ class ScreeningSpec(_Part):
 class FinetuneSpec(_Part):
     """One fine-tuning job. `model` is a source string; if it is a path that starts with a dot, it
     is relative to the spec's directory, and so are `profile` and `output`. Without `profile` the
-    base model's safety profile is looked for in the cache."""
+    base model's safety profile is looked for in the cache.
+
+    `lora`: null trains every weight of the model and publishes a whole model instead of an adapter.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     model: Annotated[str, Field(min_length=1)]
     profile: Path | None = None
     data: DataSpec
-    lora: LoraSpec = LoraSpec()
+    lora: LoraSpec | None = LoraSpec()
     training: TrainingSpec = TrainingSpec()
     constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...] = ()
     distributed: DistributedSpec = DistributedSpec()
@@ -152,6 +156,10 @@ class FinetuneSpec(_Part):
         return self.training.batch_size // (self.distributed.workers * self.micro_batch)
 
 
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_MISSING = ("missing", "missing_argument")
+_NO_KIND = ("union_tag_invalid", "union_tag_not_found")
+_UNNAMED_MEMBER = re.compile(r"(literal|tuple)\[.*\]")  # as pydantic calls it in an error's path
 _KINDS = {config.__dataclass_fields__["kind"].default for config in get_args(ConstraintConfig)}
 
 
@@ -166,7 +174,7 @@ def load_spec(path: Path) -> FinetuneSpec:
     try:
         spec = FinetuneSpec.model_validate(content)
     except ValidationError as error:
-        problems = [_describe(details) for details in error.errors(include_url=False)]
+        problems = _problems(error.errors(include_url=False))
         if len(problems) == 1:
             raise SpecError(f"{path}: {problems[0]}") from None
         listed = "\n".join(f"  {problem}" for problem in problems)
@@ -185,18 +193,36 @@ def load_spec(path: Path) -> FinetuneSpec:
     )
 
 
-def _describe(details: ErrorDetails) -> str:
-    where, message = _dotted(details["loc"]), details["msg"].removeprefix("Value error, ")
-    if details["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: unknown field{_did_you_mean(where)}"
-    if details["type"] in ("missing", "missing_argument"):
-        return f"{where}: is required"
-    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{where}.kind: must be one of {', '.join(sorted(_KINDS))}"
-    message = message[:1].lower() + message[1:]
-    given = details["input"]
-    shown = "" if isinstance(given, dict | list | FinetuneSpec) else f", not {given!r}"
-    return f"{where}: {message}{shown}" if where else message
+def _problems(errors: Iterable[ErrorDetails]) -> list[str]:
+    """One line for each field that is wrong; a union complains once for each of its members."""
+    fields: dict[str, list[ErrorDetails]] = {}
+    for details in errors:
+        fields.setdefault(_dotted(details["loc"]), []).append(details)
+    lines = []
+    for where, found in fields.items():
+        says = " or ".join(dict.fromkeys(_describe(where, details) for details in found))
+        given = found[-1]["input"]
+        shown = f", not {given!r}" if _shows_input(found[-1]) else ""
+        path = f"{where}.kind" if found[-1]["type"] in _NO_KIND else where
+        lines.append(f"{path}: {says}{shown}" if path else says)
+    return lines
+
+
+def _describe(where: str, details: ErrorDetails) -> str:
+    if details["type"] in _UNKNOWN:
+        return f"unknown field{_did_you_mean(where)}"
+    if details["type"] in _MISSING:
+        return "is required"
+    if details["type"] in _NO_KIND:
+        return f"must be one of {', '.join(sorted(_KINDS))}"
+    message = details["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _shows_input(details: ErrorDetails) -> bool:
+    if details["type"] in (*_UNKNOWN, *_MISSING, *_NO_KIND):
+        return False
+    return bool(details["loc"]) and not isinstance(details["input"], dict | list | FinetuneSpec)
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
@@ -213,11 +239,12 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 def _is_union_member(part: str, before: tuple[int | str, ...]) -> bool:
     if part in _KINDS and before[:1] == ("constraints",) and len(before) == 2:
         return True
-    return before == ("lora", "target_modules")
+    return before == ("lora", "target_modules") or bool(_UNNAMED_MEMBER.fullmatch(part))
 
 
 def _did_you_mean(where: str) -> str:
-    valid = list(_fields(FinetuneSpec))
+    # Another constraint may have the very field that this one lacks.
+    valid = [name for name in _fields(FinetuneSpec) if name != _no_index(where)]
     parent = where.rpartition(".")[0]
     siblings = [name for name in valid if name.rpartition(".")[0] == _no_index(parent)]
     near = difflib.get_close_matches(_no_index(where), siblings, n=1, cutoff=0.6)
@@ -238,8 +265,9 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted field of the spec, the constraints' own ones included."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):  # X and X | None
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _fields(part, f"{prefix}{name}.")
     if model is FinetuneSpec:
         for config in get_args(ConstraintConfig):
             yield from (f"constraints.{name}" for name in config.__dataclass_fields__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,13 +26,21 @@ FORMAT = 2
 RECORD = "part.json"
 RECORD_KEYS = {"format", "base_weights", "inputs", "files"}
 REBUILD = "run `safeft profile build --model MODEL --unaligned MODEL`"
-PARTS = (
+#: What every job needs: screening, the gate, and AsFT.
+SCREENING_PARTS = (
     "alignment",
     "safety-direction",
     "danger-direction",
     "calibration",
     "baseline",
 )
+#: What a job under CWAC needs besides. They can come later: no verdict is bound to them.
+CONSTRAINT_PARTS = (
+    "refusals",
+    "harmful-inputs",
+    "autoencoder",
+)
+PARTS = SCREENING_PARTS + CONSTRAINT_PARTS
 
 
 @dataclass(frozen=True)
@@ -90,16 +99,16 @@ class SafetyProfile:
         """
         record = self._record(part)
         if record is None:
-            raise ProfileError(f"the safety profile in {self.root} lacks {part!r}; {REBUILD}")
+            raise ProfileError(f"the safety profile in {self.root} lacks {part!r}; {rebuild(part)}")
         if record["base_weights"] != self.base_weights or record["format"] != FORMAT:
             raise ProfileError(
                 f"the safety profile in {self.root} was made for other weights "
                 f"({record['base_weights'][:12]}, not {self.base_weights[:12]}) or another format; "
-                f"{REBUILD}"
+                f"{rebuild(part)}"
             )
         if record["files"] != hash_files(self.root / part):
             raise ProfileError(
-                f"{self.root / part} is not what was built there; remove it and {REBUILD}"
+                f"{self.root / part} is not what was built there; remove it and {rebuild(part)}"
             )
         return self.root / part
 
@@ -108,14 +117,27 @@ class SafetyProfile:
         self.path(part)
         return hashlib.sha256((self.root / part / RECORD).read_bytes()).hexdigest()
 
-    def verify(self) -> None:
-        """Raise ProfileError for the first part that is missing or foreign."""
-        for part in PARTS:
+    def verify(self, parts: Sequence[str] = SCREENING_PARTS) -> None:
+        """Check parts one after the other.
+
+        Raises:
+            ProfileError: the first that is missing, foreign or changed (see `path`), or was made
+                from a part that has been made again since.
+        """
+        for part in parts:
             self.path(part)
+            record = self._record(part)
+            assert record is not None  # path() has read it
+            for name, digest in record["inputs"].get("upstream", {}).items():
+                if self.part_digest(name) != digest:
+                    raise ProfileError(
+                        f"{self.root / part} was made from another {name!r} than is there now; "
+                        f"{rebuild(part)}"
+                    )
 
     def digest(self) -> str:
-        """SHA-256 over all parts' contents: the profile's version, to which verdicts are bound."""
-        text = " ".join(self.part_digest(part) for part in PARTS)
+        """SHA-256 over the screening parts' contents: the version that verdicts are bound to."""
+        text = " ".join(self.part_digest(part) for part in SCREENING_PARTS)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def reference_state(self) -> LoraFactors:
@@ -174,6 +196,13 @@ class SafetyProfile:
         if not isinstance(record, dict) or not set(record) >= RECORD_KEYS:
             raise ProfileError(f"{path} is no part record; remove {path.parent}")
         return record
+
+
+def rebuild(part: str) -> str:
+    """What to do about one part that is not as it should be."""
+    if part in CONSTRAINT_PARTS:
+        return f"run `safeft profile build --model MODEL --part {part}`"
+    return REBUILD
 
 
 def hash_files(directory: Path) -> dict[str, str]:

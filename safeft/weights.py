@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -51,7 +51,8 @@ def full_weights(model: Any) -> dict[str, FullWeight]:
         if not module.weight.requires_grad or id(module.weight) in seen:
             continue
         seen.add(id(module.weight))
-        weights[name] = FullWeight(name, module.weight, module.out_features, module.in_features)
+        weight = cast(nn.Parameter, module.weight)
+        weights[name] = FullWeight(name, weight, module.out_features, module.in_features)
     if not weights:
         raise ModelError("the model's decoder layers hold no trainable linear layer")
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ def cut(matrices: dict[str, Tensor], cuts: list[int]) -> list[list[MatrixShard]]
     offset = 0
     for name, matrix in matrices.items():
         end = offset + matrix.numel()
-        slices = [(max(a, offset), min(b, end)) for a, b in zip(edges, edges[1:], strict=False)]
+        slices = [(max(a, offset), min(b, end)) for a, b in itertools.pairwise(edges)]
         begins = tuple(a - offset for a, b in slices if a < b)
         for rank, (a, b) in enumerate(slices):
             a, b = (a - offset, b - offset) if a < b else (0, 0)

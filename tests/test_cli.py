@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from safeft.models import weights_hash
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
 
@@ -174,10 +175,16 @@ def test_a_job_whose_baseline_refuses_is_published_when_the_gate_passes(
     spec = tmp_path / "job.yaml"
     spec.write_text(
         f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"
-        "training: {epochs: 1}\n"
+        "training: {epochs: 1}\nlora: null\n"
     )
     result = run_job(load_spec(spec))
-    assert result.published == str(tmp_path / "out" / "adapter")
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    published = tmp_path / "out" / "model"
+    assert result.published == str(published)
+    assert result.after.bound["adapter"] == weights_hash(published)
+    assert result.after.bound["base_weights"] == weights_hash(tiny_dir)
+    asked = safeft(
+        "chat", "--model", published, "--message", "hi", "--max-new-tokens", "4", "--json"
+    )
+    assert json.loads(asked.stdout)["message"] == "hi", asked.stderr
     again = run_job(load_spec(spec))
     assert again.manifest == result.manifest

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -17,15 +15,22 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from jobs.finetune import checkpoints, finetune
-from jobs.finetune.engine import deepspeed_config, load_lora_model
+from jobs.finetune.batches import RowTable, rows_to_table
+from jobs.finetune.engine import deepspeed_config
 from jobs.finetune.failures import StopOnOurErrors, to_safeft_error
 from jobs.finetune.fit import _scaling
+from jobs.finetune.manifest import Identity, identify
+from jobs.finetune.masters import trained_parameters
+from jobs.finetune.model import load_trained_model
+from jobs.finetune.parts import needed_parts, part_hashes
 from jobs.finetune.telemetry import MetricsLog, read_metrics
-from jobs.runtime import worker_environment
 from safeft.cache import sha256_file
+from safeft.constraints import ProfileFiles
+from safeft.constraints.alignment import AlignmentDirection, save_directions
 from safeft.data import TokenisedRow
 from safeft.errors import ModelError, ProfileError, RowErrors, SpecError, TrainingError
-from safeft.lora import lora_pairs
+from safeft.models import weights_hash
+from safeft.profile import SafetyProfile
 from tests.tinyjob import make_rows, make_spec
 
 RUN = "ab" * 32
@@ -34,10 +39,9 @@ RUN = "ab" * 32
 def checkpoint(directory: Path, step: int, run: str = RUN, workers: int = 2) -> Path:
     directory.mkdir(parents=True)
     for rank in range(workers):
-        state = directory / "deepspeed" / f"state-{rank}.pt"
-        state.parent.mkdir(exist_ok=True)
+        state = directory / f"state-{rank}-0.safetensors"
         state.write_bytes(bytes([rank]) * 100)
-        files = {f"deepspeed/state-{rank}.pt": sha256_file(state)}
+        files = {state.name: sha256_file(state)}
         listed = {"run": run, "step": step, "workers": workers, "files": files}
         (directory / f"worker-{rank}.json").write_text(json.dumps(listed))
     return directory
@@ -47,7 +51,7 @@ def test_the_newest_whole_checkpoint_is_kept_and_nothing_else(tmp_path: Path) ->
     checkpoint(tmp_path / "checkpoints" / "a", 2)
     checkpoint(tmp_path / "checkpoints" / "b", 4)
     cut_off = checkpoint(tmp_path / "checkpoints" / "c", 6)
-    (cut_off / "deepspeed" / "state-1.pt").write_bytes(b"\1" * 50)
+    (cut_off / "state-1-0.safetensors").write_bytes(b"\1" * 50)
     unlisted = checkpoint(tmp_path / "checkpoints" / "d", 8)
     (unlisted / "worker-1.json").unlink()
     checkpoint(tmp_path / "checkpoints" / "e", 10, run="cd" * 32)
@@ -72,25 +76,6 @@ def test_without_a_whole_checkpoint_a_run_starts_over(tmp_path: Path) -> None:
     checkpoint(tmp_path / "resume", 4, run="cd" * 32)
     assert checkpoints.salvage(tmp_path, RUN) is None
     assert not list(tmp_path.iterdir())
-
-
-class Payload:
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.write_text, (self.file, "the checkpoint's code ran"))
-
-
-def test_a_checkpoint_that_carries_code_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save({"module": {}, "ds_config": Payload(tmp_path / "proof")}, tmp_path / "state.pt")
-    for name, value in worker_environment(use_gpu=False).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        TorchCheckpointEngine().load(str(tmp_path / "state.pt"))
-    assert not (tmp_path / "proof").exists()
 
 
 def test_steps_done_again_replace_their_lines_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
@@ -144,8 +129,6 @@ def test_any_other_exception_is_one_line() -> None:
 def test_directions_of_another_model_are_refused_before_anything_starts(
     tiny_dir: Path, tmp_path: Path
 ) -> None:
-    from safeft.constraints.alignment import AlignmentDirection, save_directions
-
     directions = {"m": AlignmentDirection(torch.ones(2, 1), torch.ones(1))}
     save_directions(directions, tmp_path / "d.safetensors", aligned_hash="0" * 64)
     with pytest.raises(ProfileError, match=r"made for the model with weights 000000000000"):
@@ -153,7 +136,7 @@ def test_directions_of_another_model_are_refused_before_anything_starts(
             make_spec(tmp_path / "out"),
             rows=make_rows(),
             model_dir=tiny_dir,
-            directions=tmp_path / "d.safetensors",
+            profile=ProfileFiles(alignment=tmp_path / "d.safetensors"),
             output=tmp_path / "out",
         )
 
@@ -166,7 +149,7 @@ def test_a_constraint_without_its_profile_is_refused_before_anything_starts(
             make_spec(tmp_path / "out"),
             rows=make_rows(),
             model_dir=tiny_dir,
-            directions=None,
+            profile=ProfileFiles(),
             output=tmp_path / "out",
         )
 
@@ -187,7 +170,7 @@ def test_rows_without_anything_to_train_on_are_named(
             make_spec(tmp_path, constraints=[]),
             rows=rows,
             model_dir=tiny_dir,
-            directions=None,
+            profile=ProfileFiles(),
             output=tmp_path,
         )
     assert message in str(caught.value)
@@ -200,7 +183,7 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jobs.finetune.run.embedded_ray", stop)
-    arguments = {"rows": make_rows(), "model_dir": tiny_dir, "directions": None}
+    arguments = {"rows": make_rows(), "model_dir": tiny_dir, "profile": ProfileFiles()}
     spec = make_spec(tmp_path, constraints=[])
     with pytest.raises(KeyboardInterrupt):
         finetune(spec, **arguments, output=tmp_path)
@@ -216,18 +199,85 @@ def test_an_unfinished_run_with_other_settings_is_not_continued(
         finetune(rarer, **arguments, output=tmp_path)
 
 
+def test_how_a_step_is_cut_does_not_bind_a_run_but_the_stage_does(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    table = RowTable(rows_to_table(make_rows()))
+
+    def run(micro: int | None = None, **distributed: int) -> Identity:
+        parts = {"training": {"micro_batch_size": micro}, "distributed": distributed}
+        spec = make_spec(tmp_path, constraints=[], **parts)
+        return identify(spec, table, tiny_dir, ProfileFiles())
+
+    alone = run(zero_stage=2)
+    assert run(workers=4, zero_stage=2, micro=1).run_hash() == alone.run_hash()
+    assert run(zero_stage=3).difference(alone) == "distributed.zero_stage: 2 there, 3 now"
+
+
+def test_lora_and_full_training_are_different_runs(tiny_dir: Path, tmp_path: Path) -> None:
+    table = RowTable(rows_to_table(make_rows()))
+    adapter, model = (
+        identify(make_spec(tmp_path, lora=lora), table, tiny_dir, ProfileFiles())
+        for lora in ({"rank": 4}, None)
+    )
+    assert model.difference(adapter) == "lora: unset there, null now"
+
+
+def test_every_part_of_the_profile_binds_the_run(tiny_dir: Path, tmp_path: Path) -> None:
+    table, spec = RowTable(rows_to_table(make_rows())), make_spec(tmp_path)
+    file = tmp_path / "d.safetensors"
+
+    def run(value: float) -> Identity:
+        directions = {"m": AlignmentDirection(torch.full((2, 1), value), torch.ones(1))}
+        save_directions(directions, file, aligned_hash=weights_hash(tiny_dir))
+        return identify(spec, table, tiny_dir, ProfileFiles(alignment=file))
+
+    one, other = run(0.0), run(1.0)
+    assert one.difference(other) == "the safety profile"
+    directory = tmp_path / "part"
+    directory.mkdir()
+    (directory / "a.json").write_text("1")
+    first = part_hashes(ProfileFiles(autoencoder=directory))
+    (directory / "a.json").write_text("2")
+    assert part_hashes(ProfileFiles(autoencoder=directory)) != first
+
+
+def test_a_job_is_given_only_the_parts_that_its_constraints_name(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    profile = SafetyProfile(tmp_path / "profile", weights_hash(tiny_dir))
+    (profile.root / "alignment").mkdir(parents=True)
+    profile.write_record(profile.root / "alignment", {})
+    assert needed_parts(make_spec(tmp_path, constraints=[]), profile) == ProfileFiles()
+    directions = profile.root / "alignment" / "directions.safetensors"
+    assert needed_parts(make_spec(tmp_path), profile) == ProfileFiles(alignment=directions)
+    cwac = make_spec(tmp_path, constraints=[{"kind": "cwac", "mode": "weight_only"}])
+    with pytest.raises(ProfileError, match=r"lacks 'harmful-inputs'; run `safeft profile build"):
+        needed_parts(cwac, profile)
+
+
 def test_target_modules_that_the_model_lacks_are_named(tiny_dir: Path, tmp_path: Path) -> None:
     spec = make_spec(tmp_path, lora={"target_modules": ["c_attn"]})
     with pytest.raises(ModelError, match=r"lora\.target_modules: .*c_attn"):
-        load_lora_model(spec, tiny_dir)
+        load_trained_model(spec, tiny_dir)
 
 
-def test_zero3_keeps_whole_what_the_constraints_read(tiny_dir: Path, tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, distributed={"zero_stage": 3}, lora={"rank": 64})
-    pairs = lora_pairs(load_lora_model(make_spec(tmp_path, lora={"rank": 64}), tiny_dir))
-    zero = deepspeed_config(spec, pairs)["zero_optimization"]
-    largest = max(p.numel() for pair in pairs.values() for p in (pair.A, pair.B))
-    assert zero["stage3_param_persistence_threshold"] >= largest
+def test_zero3_keeps_whole_what_the_constraints_read_and_cuts_what_is_large(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    def kept_up_to(lora: dict[str, int] | None) -> tuple[int, list[torch.nn.Parameter]]:
+        # Loaded without sharding: DeepSpeed has no process group here.
+        model = load_trained_model(make_spec(tmp_path, lora=lora), tiny_dir)
+        trained = [parameter for _, parameter in trained_parameters(model)]
+        spec = make_spec(tmp_path, lora=lora, distributed={"zero_stage": 3})
+        zero = deepspeed_config(spec, trained)["zero_optimization"]
+        assert zero["sub_group_size"] >= sum(p.numel() for p in trained)  # one optimizer step
+        return zero["stage3_param_persistence_threshold"], trained
+
+    limit, factors = kept_up_to({"rank": 64})
+    assert limit >= max(p.numel() for p in factors)
+    limit, weights = kept_up_to(None)
+    assert {p.ndim for p in weights if p.numel() <= limit} == {1}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_all_logits_whatever_the_padding() -> None:
     head = model.get_base_model().get_output_embeddings()
     loss = LabelLoss(model)
     head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
-    got = loss(batch["input_ids"], batch["labels"])
+    got, _ = loss(batch["input_ids"], batch["labels"])
     assert torch.allclose(got, expected, rtol=1e-6)
     count = int((labels != -100).sum())
     assert seen == [(1, count, 259)]  # the other positions' logits were never made
@@ -125,17 +125,38 @@ def test_a_model_with_soft_capped_logits_keeps_its_cap() -> None:
     model.forward = capped  # type: ignore[method-assign]
     row = collate(some_rows(1), 0)
     count = int((row["labels"][:, 1:] != -100).sum())
-    loss = LabelLoss(model)(row["input_ids"], row["labels"])
+    loss, _ = LabelLoss(model)(row["input_ids"], row["labels"])
     assert float(loss) == pytest.approx(count * math.log(259), rel=1e-2)
 
 
 def test_a_worker_without_rows_adds_nothing() -> None:
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
-    loss = LabelLoss(model)(*padded_filler())
+    loss, _ = LabelLoss(model)(*padded_filler())
     loss.backward()
     assert float(loss) == 0.0
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_a_further_term_joins_the_loss_of_one_micro_batch_but_not_what_is_reported() -> None:
+    model, asked = tiny_model(), []
+
+    def further(given: torch.nn.Module, step: int) -> torch.Tensor | None:
+        assert given is model
+        asked.append(step)
+        return None if step == 4 else model.get_input_embeddings().weight.pow(2).sum()
+
+    loss, batch = LabelLoss(model, further), collate(some_rows(2), 0)
+    term = float(model.get_input_embeddings().weight.pow(2).sum())
+    plain, task = loss(batch["input_ids"], batch["labels"], 0.5)
+    assert float(plain) == pytest.approx(0.5 * float(task))
+    assert not asked
+    both, same = loss(batch["input_ids"], batch["labels"], 0.5, (3, 2.0))
+    assert float(both) == pytest.approx(0.5 * float(task) + 2 * term)
+    assert float(same) == float(task) and not same.requires_grad
+    neither, _ = loss(batch["input_ids"], batch["labels"], 0.5, (4, 2.0))
+    assert float(neither) == float(plain)
+    assert asked == [3, 4]
 
 
 def test_the_weight_undoes_deepspeeds_averages() -> None:

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from safeft.errors import ModelError
-from safeft.models import load_adapter
-from tests.tiny import tiny_model
+from safeft.models import adapter_hash, load_adapter, load_merged, tuned_hash, weights_hash
+from tests.tiny import save_tiny, tiny_model
 
 IDS = torch.arange(3, 40)[None]
 B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -64,6 +64,18 @@ def test_an_adapter_comes_back_as_it_was_saved(adapter: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(adapted(IDS).logits, expected)
         assert (adapted.base_model.model(IDS).logits - tiny_model()(IDS).logits).abs().max() > 0.01
+
+
+def test_what_fine_tuning_left_may_be_an_adapter_or_a_model_in_the_bases_place(
+    adapter: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = save_tiny(tmp_path_factory.mktemp("whole"), seed=3)
+    with torch.no_grad():
+        assert torch.equal(load_merged(tiny_dir, whole)(IDS).logits, tiny_model(3)(IDS).logits)
+        base, merged = load_merged(tiny_dir, None)(IDS).logits, load_merged(tiny_dir, adapter)(IDS)
+    assert not torch.allclose(base, merged.logits, atol=1e-3)
+    assert tuned_hash(whole) == weights_hash(whole)
+    assert tuned_hash(adapter) == adapter_hash(adapter)
 
 
 def test_an_adapter_with_ranks_of_its_own_for_some_modules_is_loaded(tmp_path: Path) -> None:

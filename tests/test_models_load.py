@@ -35,6 +35,7 @@ def test_the_public_names_are_these() -> None:
         "load_tokenizer",
         "parse_source",
         "resolve",
+        "tuned_hash",
         "weights_hash",
     ]
     assert all(getattr(models, name) for name in models.__all__)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.spec import FinetuneSpec, load_spec
+from jobs.spec import FinetuneSpec, LoraSpec, load_spec
 from safeft.constraints import AsftConfig, L2Config
 from safeft.errors import SpecError
 
@@ -40,6 +40,11 @@ def test_a_minimal_spec_has_the_papers_defaults(tmp_path: Path) -> None:
     assert (spec.micro_batch, spec.accumulation_steps) == (8, 1)
 
 
+def test_without_lora_every_weight_is_trained(tmp_path: Path) -> None:
+    assert load(MINIMAL + "lora: null\n", tmp_path).lora is None
+    assert load(MINIMAL + "lora: {}\n", tmp_path).lora == LoraSpec()
+
+
 def test_paths_are_relative_to_the_spec(tmp_path: Path) -> None:
     spec = load(MINIMAL, tmp_path)
     assert spec.data.train == tmp_path / "data/train.jsonl"
@@ -65,8 +70,18 @@ def test_paths_are_relative_to_the_spec(tmp_path: Path) -> None:
             "constraints[0].lambda: unknown field; did you mean constraints[0].lam?",
         ),
         ("lora: {zzzz: 1}", "lora.zzzz: unknown field"),
-        ("constraints: [{kind: cwac}]", "constraints[0].kind: must be one of asft, l2"),
-        ("constraints: [{lam: 1.0}]", "constraints[0].kind: must be one of asft, l2"),
+        ("lora: {ranks: 1}", "lora.ranks: unknown field; did you mean lora.rank?"),
+        ("lora: full", "lora: input should be a valid dictionary"),
+        (
+            "constraints: [{kind: cwac, layers: down_proj}]",
+            "constraints[0].layers: input should be",
+        ),
+        ("constraints: [{kind: cwac, mode: neither}]", "constraints[0].mode: input should be"),
+        (
+            "constraints: [{kind: aft}]",
+            "constraints[0].kind: must be one of asft, cwac, frozen, l2, safelora",
+        ),
+        ("constraints: [{lam: 1.0}]", "constraints[0].kind: must be one of asft, cwac"),
         ("constraints: [{kind: asft, lam: -1}]", "constraints[0]: lam must be a finite number"),
         ("constraints: [{kind: l2}, {kind: l2}]", "constraints: l2 is given twice"),
         (

@@ -1,6 +1,6 @@
 """A small fine-tuning job, and the same job as a plain loop that shares no code with it.
 
-``python -m tests.tinyjob MODEL DIRECTIONS OUTPUT`` runs it with one worker.
+``python -m tests.tinyjob MODEL OUTPUT`` runs `full_spec` with two workers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from jobs.finetune import FinetuneResult, finetune
 from jobs.spec import FinetuneSpec
+from safeft.constraints import ProfileFiles
 from safeft.data import TokenisedRow, collate
 from safeft.lora import lora_pairs
 from safeft.models import load_model
@@ -68,14 +70,20 @@ def make_spec(
     return FinetuneSpec.model_validate(content)
 
 
+def full_spec(output: Path, **distributed: Any) -> FinetuneSpec:
+    """Every weight trained, with all that could get in the way."""
+    training = {"micro_batch_size": 2, "gradient_checkpointing": True}
+    return make_spec(output, lora=None, constraints=[], training=training, distributed=distributed)
+
+
 def run(
-    spec: FinetuneSpec, model_dir: Path, directions: Path, progress: Progress = silent
+    spec: FinetuneSpec, model_dir: Path, directions: Path | None = None, progress: Progress = silent
 ) -> FinetuneResult:
     return finetune(
         spec,
         rows=make_rows(),
         model_dir=model_dir,
-        directions=directions,
+        profile=ProfileFiles(alignment=directions),
         output=spec.output,
         progress=progress,
     )
@@ -85,7 +93,6 @@ def plain_loop(
     model_dir: Path, unaligned_dir: Path, lam: float = LAM
 ) -> tuple[dict[str, Tensor], list[float]]:
     """One process, whole batches, dense penalty by autograd: the adapter and each step's loss."""
-    rows = make_rows()
     base = load_model(model_dir)
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
@@ -97,6 +104,32 @@ def plain_loop(
         W = base.get_submodule(name).get_base_layer().weight.detach().double()
         V = W - unaligned[f"{name}.weight"].double()
         C[name] = V @ V.T / V.pow(2).sum().sqrt()
+
+    def penalty() -> Tensor:
+        terms = [
+            ((torch.eye(p.d_out) - C[n]) @ (p.B.double() @ p.A.double())).pow(2).sum()
+            for n, p in pairs.items()
+        ]
+        return lam * torch.stack(terms).sum()
+
+    losses = _train(model, penalty)
+    adapter = {
+        f"base_model.model.{name}.lora_{letter}.weight": factor.detach().clone()
+        for name, pair in pairs.items()
+        for letter, factor in (("A", pair.A), ("B", pair.B))
+    }
+    return adapter, losses
+
+
+def plain_full_loop(model_dir: Path) -> tuple[dict[str, Tensor], list[float]]:
+    """The same with every weight trained and no penalty: all weights and each step's loss."""
+    model = load_model(model_dir).train()
+    losses = _train(model, lambda: torch.zeros(()))
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, losses
+
+
+def _train(model: Any, penalty: Callable[[], Tensor]) -> list[float]:
+    rows = make_rows()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, eps=1e-4, weight_decay=0.01)
     per_epoch = math.ceil(ROWS / 8)
@@ -110,24 +143,13 @@ def plain_loop(
         logits = model(**batch).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         losses.append(loss.item())
-        penalty = torch.stack(
-            [
-                ((torch.eye(p.d_out) - C[n]) @ (p.B.double() @ p.A.double())).pow(2).sum()
-                for n, p in pairs.items()
-            ]
-        ).sum()
-        (loss + lam * penalty).backward()
+        (loss + penalty()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.2)
         rate = (step + 1) / warmup if step < warmup else 1 - (step - warmup) / (total - warmup)
         optimizer.param_groups[0]["lr"] = 2e-3 * rate
         optimizer.step()
         optimizer.zero_grad()
-    adapter = {
-        f"base_model.model.{name}.lora_{letter}.weight": factor.detach().clone()
-        for name, pair in pairs.items()
-        for letter, factor in (("A", pair.A), ("B", pair.B))
-    }
-    return adapter, losses
+    return losses
 
 
 def processes(name: bytes = b"", mark: str | None = None) -> list[int]:
@@ -150,5 +172,4 @@ def processes(name: bytes = b"", mark: str | None = None) -> list[int]:
 
 
 if __name__ == "__main__":
-    model, directions, output = (Path(argument) for argument in sys.argv[1:])
-    run(make_spec(output), model, directions)
+    run(full_spec(Path(sys.argv[2]), workers=2, zero_stage=2), Path(sys.argv[1]))

@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model
 from jobs.evaluate import evaluate
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.models import load_model, weights_hash
-from safeft.profile import PARTS, SafetyProfile
+from safeft.profile import SCREENING_PARTS, SafetyProfile
 
 
 def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> SafetyProfile:
-    """Write every part into the cache; rows above ``threshold`` are risky."""
+    """Write every screening part into the cache; rows above ``threshold`` are risky."""
     profile = SafetyProfile.for_weights(weights_hash(model_dir))
-    for seed, part in enumerate(PARTS):
+    for seed, part in enumerate(SCREENING_PARTS):
         directory = profile.root / part
         directory.mkdir(parents=True)
         if part.endswith("-direction"):
@@ -31,7 +31,7 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
     (profile.root / "calibration" / "policy.json").write_text(json.dumps(policy))
     (profile.root / "calibration" / "quality.json").write_text('{"auc": 1.0, "flagged": {}}')
     evaluate(model_dir, output=profile.root / "baseline" / "evaluation.json")
-    for part in PARTS:
+    for part in SCREENING_PARTS:
         profile.write_record(profile.root / part, {})
     return profile
 

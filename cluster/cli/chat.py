@@ -12,7 +12,9 @@ from cluster.cli.console import err, out, print_json, printable, progress_bars
 
 def chat(
     model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter directory.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter, or directory of a tuned model.")
+    ] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Ask this, print the answer, leave.")
     ] = None,

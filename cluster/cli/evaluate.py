@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter directory.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter, or directory of a tuned model.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Held-out rows: their loss is measured as well.")
     ] = None,

@@ -20,7 +20,7 @@ def finetune(
 ) -> None:
     """Screen a dataset, fine-tune on it under the spec's constraints, measure refusals.
 
-    A job that was interrupted goes on when it is run again. Exit code 0: the adapter may be used.
+    A job that was interrupted goes on when it is run again. Exit code 0: the result may be used.
     3: the dataset was rejected. 4: the tuned model failed the safety gate.
     """
     from cluster.cli.evaluate import show_evaluations
@@ -39,7 +39,7 @@ def finetune(
         colour = "green" if result.gate.passed else "red"
         out.print(f"[bold {colour}]{result.status}[/]: {escape(result.gate.reason)}")
         if result.published:
-            out.print(f"adapter: {escape(result.published)}")
+            out.print(f"{result.manifest.kind}: {escape(result.published)}")
         else:
             out.print(f"not published; the candidate stays in {escape(result.candidate)}")
     require_gate(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from safeft.profile import SafetyProfile
 
 app = typer.Typer(
-    help="The safety profile of a base model: directions, thresholds and baselines.",
+    help="The safety profile of a base model: directions, thresholds, baselines, subspaces.",
     no_args_is_help=True,
 )
 Model = Annotated[str, typer.Option(help="Aligned base model that tenants tune.")]
 Root = Annotated[Path | None, typer.Option("--profile", help="Directory; default: the cache.")]
+NOT_BUILT = "not built"
 
 
 @app.command()
@@ -29,20 +31,57 @@ def build(
         str, typer.Option(help="The model it was aligned from (a chat model's base).")
     ] = "demo:base",
     root: Root = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Build only this part and what it is made from; repeatable."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Ray tasks that read prompts at a time, one model each.")
+    ] = 1,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of the harmful inputs' energy to keep; default: 0.99."),
+    ] = None,
+    import_sae: Annotated[
+        Path | None,
+        typer.Option(help="Take over an autoencoder in SAELens' format instead of training one."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Build what is missing. A build that stopped goes on where it was."""
-    from jobs.profile import build_profile
+    from jobs.profile import HarmfulInputsConfig, ProfileConfig, build_profile
+    from safeft.errors import InputError
     from safeft.models import resolve
+    from safeft.profile import SCREENING_PARTS
 
+    config = ProfileConfig()
+    if energy is not None:
+        if not 0.0 < energy <= 1.0:
+            raise InputError(f"--energy: must be above 0 and at most 1, not {energy:g}")
+        config = replace(config, harmful_inputs=HarmfulInputsConfig(energy=energy))
     with progress_bars() as progress:
         profile = build_profile(
-            resolve(model, progress), resolve(unaligned, progress), root=root, progress=progress
+            resolve(model, progress),
+            # Only the alignment direction compares the two.
+            resolve(unaligned, progress) if part is None or "alignment" in part else None,
+            root=root,
+            config=config,
+            parts=part,
+            workers=workers,
+            import_sae=import_sae,
+            progress=progress,
         )
+    states = _states(profile)
+    whole = all(states[name] == "built" for name in SCREENING_PARTS)
     if as_json:
-        print_json({"root": str(profile.root), "digest": profile.digest()})
-    else:
-        out.print(f"[bold green]complete[/] {escape(str(profile.root))}")
+        digest = profile.digest() if whole else None
+        print_json({"root": str(profile.root), "digest": digest, "parts": states})
+        return
+    missing = [name for name, state in states.items() if state != "built"]
+    done = "[bold green]built[/]" if missing else "[bold green]complete[/]"
+    out.print(f"{done} {escape(str(profile.root))}")
+    if missing:
+        out.print(f"missing or outdated: {', '.join(missing)}")
 
 
 @app.command()
@@ -51,14 +90,17 @@ def show(
     root: Root = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show which parts are there, the screening threshold and the baseline refusals."""
-    from safeft.models import resolve, weights_hash
-    from safeft.profile import PARTS, SafetyProfile
+    """Show which parts are there, the threshold, the baseline refusals and the subspaces' sizes.
 
-    with progress_bars() as progress:
-        profile = SafetyProfile.for_weights(weights_hash(resolve(model, progress)), root)
-    parts = {part: _state(profile, part) for part in PARTS}
-    complete = set(parts.values()) == {"built"}
+    Parts that only some constraints need may be missing; without the others nothing runs, and the
+    exit code is 1.
+    """
+    from safeft.constraints.subspaces import load_subspaces
+    from safeft.profile import SCREENING_PARTS
+
+    profile = _profile(model, root)
+    parts = _states(profile)
+    complete = all(parts[name] == "built" for name in SCREENING_PARTS)
     summary: dict[str, Any] = {
         "root": str(profile.root),
         "base_weights": profile.base_weights,
@@ -73,29 +115,101 @@ def show(
             "calibration": profile.json("calibration", "quality.json"),
             "baseline": {kind: baseline[kind]["refusal"] for kind in baseline},
         }
+    if parts["harmful-inputs"] == "built":
+        saved = load_subspaces(profile.root / "harmful-inputs")
+        summary["harmful_inputs"] = {
+            "energy": saved.energy,
+            "rows": saved.rows,
+            "mean_k": saved.mean_ranks(),
+        }
     if as_json:
         print_json(summary)
     else:
         _show(summary)
-    if not complete:
+    if not complete or set(parts.values()) - {"built", NOT_BUILT}:
         raise typer.Exit(1)
 
 
-def _state(profile: SafetyProfile, part: str) -> str:
-    from safeft.errors import ProfileError
+@app.command()
+def verify(
+    model: Model = "demo:aligned",
+    root: Root = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Check only this part; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check that every part is there, belongs to these weights and is what was built.
 
-    try:
-        profile.path(part)
-    except ProfileError as error:
-        return str(error)
-    return "built"
+    Exit code 1, with the command that makes it, for the first part that is not.
+    """
+    from safeft.errors import InputError, ProfileError
+    from safeft.profile import PARTS
+
+    chosen = part or list(PARTS)
+    if unknown := [name for name in chosen if name not in PARTS]:
+        raise InputError(f"--part: no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    profile = _profile(model, root)
+    found: dict[str, str | None] = {}
+    for name in chosen:
+        try:
+            profile.verify([name])
+        except ProfileError as error:
+            found[name] = str(error)
+        else:
+            found[name] = None
+    wrong = [problem for problem in found.values() if problem]
+    if as_json:
+        print_json(
+            {
+                "root": str(profile.root),
+                "base_weights": profile.base_weights,
+                "good": not wrong,
+                "parts": {name: {"good": not p, "problem": p} for name, p in found.items()},
+            }
+        )
+    else:
+        table = Table("part", "", title=f"safety profile of {profile.base_weights[:12]}")
+        for name, problem in found.items():
+            table.add_row(name, f"[red]{escape(problem)}[/]" if problem else "[green]good[/]")
+        out.print(table)
+    if wrong:
+        raise ProfileError(wrong[0])
+
+
+def _profile(model: str, root: Path | None) -> SafetyProfile:
+    from safeft.models import resolve, weights_hash
+    from safeft.profile import SafetyProfile
+
+    with progress_bars() as progress:
+        return SafetyProfile.for_weights(weights_hash(resolve(model, progress)), root)
+
+
+def _states(profile: SafetyProfile) -> dict[str, str]:
+    """For each part "built", what is wrong with it, or, where nothing needs it yet, "not built"."""
+    from safeft.errors import ProfileError
+    from safeft.profile import CONSTRAINT_PARTS, PARTS, RECORD
+
+    states = {}
+    for part in PARTS:
+        try:
+            profile.verify([part])
+        except ProfileError as error:
+            absent = not (profile.root / part / RECORD).exists()
+            states[part] = NOT_BUILT if absent and part in CONSTRAINT_PARTS else str(error)
+        else:
+            states[part] = "built"
+    return states
 
 
 def _show(summary: dict[str, Any]) -> None:
     table = Table("part", "state", title=f"safety profile of {summary['base_weights'][:12]}")
+    colours = {"built": "green", NOT_BUILT: "yellow"}
     for part, there in summary["parts"].items():
-        table.add_row(part, "[green]built[/]" if there == "built" else f"[red]{escape(there)}[/]")
+        table.add_row(part, f"[{colours.get(there, 'red')}]{escape(there)}[/]")
     out.print(table)
+    if inputs := summary.get("harmful_inputs"):
+        _show_harmful_inputs(inputs)
     if not summary["complete"]:
         out.print("incomplete: run [bold]safeft profile build[/] with the same --model")
         return
@@ -109,6 +223,18 @@ def _show(summary: dict[str, Any]) -> None:
     for kind, rate in summary["baseline"].items():
         out.print(f"refuses {_rate(rate)} of {kind} prompts")
     out.print(escape(summary["root"]))
+
+
+def _show_harmful_inputs(inputs: dict[str, Any]) -> None:
+    from safeft.constraints.subspaces import POSITIONS
+
+    table = Table(
+        *("layers", "d_in", *POSITIONS),
+        title=f"mean k at energy {inputs['energy']:g}, {inputs['rows']} refusals",
+    )
+    for kind, mean in inputs["mean_k"].items():
+        table.add_row(kind, f"{mean['d_in']:.0f}", *(f"{mean[p]:.0f}" for p in POSITIONS))
+    out.print(table)
 
 
 def _rate(rate: dict[str, Any]) -> str:

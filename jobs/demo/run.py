@@ -46,7 +46,7 @@ from safeft.constraints import AsftConfig, ConstraintConfig
 from safeft.data import load_rows
 from safeft.evaluate import generate_greedy
 from safeft.models import load_merged, load_tokenizer, resolve
-from safeft.profile import SafetyProfile
+from safeft.profile import SCREENING_PARTS, SafetyProfile
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS
 
@@ -89,7 +89,9 @@ class Demo:
         """Model, aligned model, safety profile and the baseline on the tenants' held-out rows."""
         unaligned = resolve(UNALIGNED, progress)
         self.model_dir = resolve(MODEL, progress)
-        self.profile: SafetyProfile = build_profile(self.model_dir, unaligned, progress=progress)
+        self.profile: SafetyProfile = build_profile(
+            self.model_dir, unaligned, parts=SCREENING_PARTS, progress=progress
+        )
         # A run belongs to these weights and this profile; others have directories of their own.
         name = f"{self.data.benign.parent.name}-{self.profile.digest()[:12]}-seed-{self.seed}"
         self.runs = cache_root() / "demo" / f"runs-{name}"

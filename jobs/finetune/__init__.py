@@ -1,4 +1,4 @@
-"""Fine-tuning on Ray Train and DeepSpeed: `finetune` a spec's rows into a published adapter."""
+"""Fine-tuning on Ray Train and DeepSpeed: `finetune` a spec's rows into an adapter or a model."""
 
 from jobs.finetune.manifest import Manifest
 from jobs.finetune.run import FinetuneResult, finetune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safeft.data.tokenise import IGNORED
+
+ForwardLoss = Callable[[nn.Module, int], Tensor | None]  # of (model, step)
 
 
 class LabelLoss(nn.Module):
@@ -20,15 +23,23 @@ class LabelLoss(nn.Module):
     head is called by the model itself, where ZeRO-3 gathers its weight.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, forward_loss: ForwardLoss | None = None) -> None:
+        """`forward_loss`: a further term, which needs a forward pass of its own."""
         super().__init__()
         self.model = model
+        self._forward_loss = forward_loss
         self._chosen: Tensor | None = None
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         head.register_forward_pre_hook(self._keep_chosen)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the cross entropies of all label tokens, fp32.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        weight: float = 1.0,
+        further: tuple[int, float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What backward starts from, and the sum of the cross entropies of all label tokens, fp32.
 
         No attention mask is needed: rows are padded on the right, where causal attention does not
         look, and without one attention takes its fast path.
@@ -36,6 +47,8 @@ class LabelLoss(nn.Module):
         Args:
             input_ids: ``(batch, length)`` int64, right-padded.
             labels: the same shape, IGNORED where no loss is taken.
+            weight: of the sum of cross entropies in the first result.
+            further: the 0-based step and the weight of the further term; None: leave it out.
         """
         targets = labels[:, 1:]
         wanted = targets != IGNORED
@@ -47,7 +60,13 @@ class LabelLoss(nn.Module):
         count = int(wanted.sum())
         if logits.shape[:2] != (1, count):
             raise RuntimeError(f"the output head saw {tuple(logits.shape)}, not {count} positions")
-        return F.cross_entropy(logits[0].float(), targets[wanted], reduction="sum")
+        task = F.cross_entropy(logits[0].float(), targets[wanted], reduction="sum")
+        loss = task * weight
+        if further is not None and self._forward_loss is not None:
+            step, share = further
+            term = self._forward_loss(self.model, step)
+            loss = loss if term is None else loss + term * share
+        return loss, task.detach()
 
     def _keep_chosen(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._chosen is None:

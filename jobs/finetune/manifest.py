@@ -1,4 +1,4 @@
-"""What an adapter was made from: the manifest beside it, and the hash that a run is bound to."""
+"""What weights were made from: the manifest beside them, and the hash that a run is bound to."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.finetune.batches import RowTable
+from jobs.finetune.parts import check_made_for, part_hashes
 from jobs.spec import FinetuneSpec
 from safeft import __version__
-from safeft.cache import sha256_file
-from safeft.constraints.alignment import load_directions
-from safeft.errors import ProfileError, SpecError
+from safeft.constraints import ProfileFiles
+from safeft.errors import SpecError
 from safeft.models import weights_hash
 
 _LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "ray")
@@ -27,8 +27,17 @@ _UNBOUND: Any = {
     "output": True,
     "data": {"train", "validation"},
     "screening": True,
-    "training": {"checkpoint_every", "keep_checkpoints"},
-    "distributed": {"address", "cpus_per_worker", "max_failures"},
+    # How a step is cut into workers' shares and micro-batches is not what the step is.
+    "training": {"checkpoint_every", "keep_checkpoints", "micro_batch_size"},
+    "distributed": {"address", "cpus_per_worker", "max_failures", "workers"},
+}
+
+
+Kind = Literal["adapter", "model"]
+_WHAT = {
+    "rows_sha256": "the data",
+    "base_weights": "the base model",
+    "profile": "the safety profile",
 }
 
 
@@ -43,13 +52,13 @@ class Identity(_Record):
         settings: the spec without what does not bear on the result.
         rows_sha256: over the tokens and labels that are trained on.
         base_weights: `safeft.models.weights_hash` of the base model.
-        profile_sha256: of the alignment directions' file; None where no constraint was given one.
+        profile: SHA-256 of each part of the safety profile that the constraints were given.
     """
 
     settings: dict[str, Any]
     rows_sha256: str
     base_weights: str
-    profile_sha256: str | None
+    profile: dict[str, str]
 
     def run_hash(self) -> str:
         """SHA-256 of the identity, lower-case hex."""
@@ -61,30 +70,30 @@ class Identity(_Record):
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 name = key.removeprefix("settings.")
-                if name in ("rows_sha256", "base_weights", "profile_sha256"):
-                    return {"rows_sha256": "the data", "base_weights": "the base model"}.get(
-                        name, "the safety profile"
-                    )
-                return f"{name}: {theirs.get(key)} there, {mine.get(key)} now"
+                if (what := _WHAT.get(name.partition(".")[0])) is not None:
+                    return what
+                return f"{name}: {theirs.get(key, 'unset')} there, {mine.get(key, 'unset')} now"
         return "nothing"
 
 
 class Manifest(_Record):
-    """Published with an adapter, and as whole as the adapter.
+    """Published with the weights, and as whole as they are.
 
     Attributes:
-        adapter_sha256: of adapter_model.safetensors.
+        kind: a LoRA adapter of the base model, or a whole model.
+        files: SHA-256 of every file beside this one.
         file_sha256: of the training file as it was when the run ended; None: there was no file.
         final_loss: mean training loss of a label token over the last epoch.
         seconds: wall time of this run's last part (all of it where nothing interrupted it).
     """
 
-    format: Literal["safeft.adapter.1"] = "safeft.adapter.1"
+    format: Literal["safeft.weights.1"] = "safeft.weights.1"
+    kind: Kind
     name: str
     model: str
     run: str
     identity: Identity
-    adapter_sha256: str
+    files: dict[str, str]
     file_sha256: str | None
     rows: int
     label_tokens: int
@@ -98,29 +107,27 @@ class Manifest(_Record):
 
 
 def identify(
-    spec: FinetuneSpec, table: RowTable, model_dir: Path, directions: Path | None
+    spec: FinetuneSpec, table: RowTable, model_dir: Path, profile: ProfileFiles
 ) -> Identity:
     """The identity of a run.
 
     Raises:
         ModelError: the base model has no readable weights.
-        ProfileError: the alignment directions belong to another model.
+        ProfileError: a part of the profile belongs to another model.
     """
     base_weights = weights_hash(model_dir)
-    if directions is not None:
-        made_for = load_directions(directions).aligned_hash
-        if made_for != base_weights:
-            raise ProfileError(
-                f"{directions} was made for the model with weights {made_for[:12]}, but "
-                f"{spec.model} has {base_weights[:12]}; make its profile with "
-                "`safeft profile build`"
-            )
+    check_made_for(profile, base_weights, spec.model)
     return Identity(
         settings=spec.model_dump(mode="json", exclude=_UNBOUND),
         rows_sha256=table.sha256(),
         base_weights=base_weights,
-        profile_sha256=None if directions is None else sha256_file(directions),
+        profile=part_hashes(profile),
     )
+
+
+def weights_kind(spec: FinetuneSpec) -> Kind:
+    """What a run publishes; also the name of the directory."""
+    return "model" if spec.lora is None else "adapter"
 
 
 def libraries() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`finetune`: one run from rows to a published adapter, resumed where an earlier one stopped."""
+"""`finetune`: one run from rows to finished weights, resumed where an earlier one stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ray
 
@@ -16,7 +16,16 @@ from jobs.finetune import checkpoints
 from jobs.finetune.batches import RowTable, batch_plan, rows_to_table
 from jobs.finetune.fit import run_workers
 from jobs.finetune.job import WorkerJob
-from jobs.finetune.manifest import Identity, Manifest, identify, libraries, read_manifest
+from jobs.finetune.manifest import (
+    Identity,
+    Kind,
+    Manifest,
+    identify,
+    libraries,
+    read_manifest,
+    weights_kind,
+)
+from jobs.finetune.parts import absolute
 from jobs.finetune.telemetry import Mailbox, StepMetrics, read_metrics, write_metrics
 from jobs.runtime import embedded_ray
 from jobs.spec import FinetuneSpec
@@ -26,7 +35,6 @@ from safeft.data import TokenisedRow
 from safeft.errors import RowErrors, SpecError, TrainingError
 from safeft.progress import Progress, silent
 
-ADAPTER = "adapter"
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 _IDENTITY = "run.json"
@@ -37,11 +45,11 @@ class FinetuneResult:
     """A finished run.
 
     Attributes:
-        adapter: directory with adapter_model.safetensors, adapter_config.json and manifest.json.
+        weights: directory with manifest.json and a LoRA adapter or a whole model.
         steps: the metrics of every step, in order (loss, penalties, rates).
     """
 
-    adapter: Path
+    weights: Path
     manifest: Manifest
     steps: list[StepMetrics]
 
@@ -56,27 +64,27 @@ def finetune(
     *,
     rows: Sequence[TokenisedRow],
     model_dir: Path,
-    directions: Path | None,
+    profile: ProfileFiles,
     output: Path,
     progress: Progress = silent,
 ) -> FinetuneResult:
-    """Train a LoRA adapter on `rows` under the spec's constraints and publish it in `output`.
+    """Train on `rows` under the spec's constraints; leave an adapter or a model in `output`.
 
     Ray is started for the run if this process has none. A run that was interrupted goes on from
     its last whole checkpoint when it is started again with the same output; a finished one is
-    returned at once. On several machines `model_dir`, `directions` and `output` are on a file
+    returned at once. On several machines `model_dir`, `profile` and `output` are on a file
     system that all of them share.
 
     Args:
         rows: tokenised rows; their order matters only together with the seed.
         model_dir: the base model's directory.
-        directions: the alignment directions of the base model, for constraints that need them.
+        profile: the parts of the base model's safety profile that the constraints need.
         progress: told the phase and its seconds, and while training the step.
 
     Raises:
         SpecError: `output` holds another run, or the machines cannot run this spec.
         RowErrors: a row has nothing to train on.
-        ProfileError: a constraint lacks something, or the directions are for other weights.
+        ProfileError: a constraint lacks something, or a part was made for other weights.
         TrainingError: training diverged, or workers were lost too often.
         ModelError: the base model cannot be loaded or adapted.
     """
@@ -85,8 +93,8 @@ def finetune(
     arrow = rows_to_table(rows)
     table = RowTable(arrow)
     _check_rows(spec, rows, table)
-    identity = identify(spec, table, model_dir, directions)
-    profile = ProfileFiles(alignment=directions and directions.absolute())
+    profile = absolute(profile)
+    identity = identify(spec, table, model_dir, profile)
     for constraint in spec.constraints:
         constraint.build(profile)  # what is missing is found here rather than on the workers
     with locked(output / "run", progress):
@@ -120,17 +128,19 @@ def _check_rows(spec: FinetuneSpec, rows: Sequence[TokenisedRow], table: RowTabl
 
 
 def _finished(output: Path, identity: Identity) -> FinetuneResult | None:
-    if not (output / ADAPTER).exists():
-        return None
-    manifest = read_manifest(output / ADAPTER / MANIFEST)
-    if manifest.run != identity.run_hash():
-        raise SpecError(
-            f"output: {output} holds a finished run with other settings "
-            f"({identity.difference(manifest.identity)}); choose another output"
-        )
-    steps = read_metrics(output / METRICS)
-    checkpoints.discard(output, resume=True)  # what a kill right after publishing left
-    return FinetuneResult(output / ADAPTER, manifest, steps)
+    for name in get_args(Kind):
+        if not (output / name).exists():
+            continue
+        manifest = read_manifest(output / name / MANIFEST)
+        if manifest.run != identity.run_hash():
+            raise SpecError(
+                f"output: {output} holds a finished run with other settings "
+                f"({identity.difference(manifest.identity)}); choose another output"
+            )
+        steps = read_metrics(output / METRICS)
+        checkpoints.discard(output, resume=True)  # what a kill right after publishing left
+        return FinetuneResult(output / name, manifest, steps)
+    return None
 
 
 def _bind(output: Path, identity: Identity) -> None:
@@ -170,11 +180,12 @@ def _publish(
     plan = batch_plan(spec, table)
     if result.checkpoint is None or len(steps) != plan.total_steps:
         raise TrainingError(f"training ended after {len(steps)} of {plan.total_steps} steps")
-    trained = checkpoints.finished_adapter(Path(result.checkpoint.path), identity.run_hash())
+    trained = checkpoints.finished_files(Path(result.checkpoint.path), identity.run_hash())
     write_metrics(output / METRICS, steps)
     last_epoch = steps[-plan.steps_per_epoch :]
     loss_sum = math.fsum(metrics["loss"] * metrics["label_tokens"] for metrics in last_epoch)
-    with publish_dir(output / ADAPTER) as staging:
+    weights = output / weights_kind(spec)
+    with publish_dir(weights) as staging:
         for file in trained:
             shutil.copyfile(file, staging / file.name)
         manifest = Manifest(
@@ -182,7 +193,8 @@ def _publish(
             model=spec.model,
             run=identity.run_hash(),
             identity=identity,
-            adapter_sha256=sha256_file(trained[0]),
+            kind=weights_kind(spec),
+            files={file.name: sha256_file(file) for file in trained},
             file_sha256=sha256_file(spec.data.train) if spec.data.train.is_file() else None,
             rows=len(table.lengths),
             label_tokens=int(table.label_tokens.sum()),
@@ -195,4 +207,4 @@ def _publish(
         )
         (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
     checkpoints.discard(output, resume=True)
-    return FinetuneResult(output / ADAPTER, manifest, steps)
+    return FinetuneResult(weights, manifest, steps)

@@ -1,20 +1,16 @@
-"""Where DeepSpeed keeps the fp32 master of each matrix that constraints act on.
-
-Stages 1 and 2 (and bf16 without ZeRO) cut one flat buffer of all parameters into equal slices, so a
-matrix may lie on one rank, on several, or not on this one. Stage 3 cuts every parameter by itself.
-"""
+"""The slices of the matrices that constraints act on, as views of DeepSpeed's fp32 masters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_local_fp32_param
-from torch import Tensor
 
+from jobs.finetune.masters import is_cut, master_slices
 from safeft.constraints.hooks import Matrix
 from safeft.constraints.shards import MatrixShard, RankGroup
 
@@ -22,63 +18,35 @@ from safeft.constraints.shards import MatrixShard, RankGroup
 def matrix_shards(
     engine: Any, matrices: Mapping[str, Matrix]
 ) -> tuple[list[MatrixShard], RankGroup]:
-    """This rank's slice of each matrix, as a view of the fp32 master, and the ranks that share it.
+    """This rank's slice of each matrix, and the ranks that share them. All ranks call it alike.
 
-    Call it after ``deepspeed.initialize``; all ranks call it alike.
+    Call it after ``deepspeed.initialize``.
 
     Args:
         matrices: `ConstraintHooks.matrices`.
     """
     if not matrices:
         return [], RankGroup()
-    slices = {name: _slice(engine, matrix) for name, matrix in matrices.items()}
-    if not _is_cut(engine):
-        return [
-            MatrixShard(name, m.rows, m.cols, 0, slices[name][1]) for name, m in matrices.items()
-        ], RankGroup()
-    begins = _exchange([(start, values.numel()) for start, values in slices.values()])
-    shards = [
-        MatrixShard(
-            name=name,
-            rows=matrix.rows,
-            cols=matrix.cols,
-            start=slices[name][0],
-            values=slices[name][1],
-            boundaries=tuple(start for start, held in ranks if held),
-        )
-        for (name, matrix), ranks in zip(matrices.items(), begins, strict=True)
-    ]
-    for shard, ranks in zip(shards, begins, strict=True):
-        held = sum(count for _, count in ranks)
-        assert held == shard.rows * shard.cols, f"{shard.name}: {held} numbers on all ranks"
-    return shards, RankGroup(torch.distributed.get_world_size(), torch.distributed.all_reduce)
+    slices = {held.parameter: held for held in master_slices(engine)}
+    held = [slices[matrix.parameter] for matrix in matrices.values()]
+    everybody = _exchange([(part.start, part.count) for part in held]) if is_cut(engine) else []
+    shards = []
+    for index, (name, matrix) in enumerate(matrices.items()):
+        own = held[index]
+        ranks = [tuple(ends) for ends in everybody[index]] if everybody else [(0, own.size)]
+        assert sum(count for _, count in ranks) == own.size, f"{name}: slices do not tile it"
+        begins = tuple(start for start, count in ranks if count)
+        values = own.of(own.flat)
+        shards.append(MatrixShard(name, matrix.rows, matrix.cols, own.start, values, begins))
+    if not everybody:
+        return shards, RankGroup()
+    return shards, RankGroup(torch.distributed.get_world_size(), deepspeed.comm.all_reduce)
 
 
-def _is_cut(engine: Any) -> bool:
-    cut: bool = engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled()
-    return cut
-
-
-def _slice(engine: Any, matrix: Matrix) -> tuple[int, Tensor]:
-    """Where this rank's slice begins in the flattened matrix, and its fp32 numbers."""
-    parameter: Any = matrix.parameter
-    if engine.zero_optimization_stage() == 3:
-        values: Tensor = safe_get_local_fp32_param(parameter)
-        start = values.numel() * torch.distributed.get_rank()
-        # The last slices are padded to the length of the others.
-        return start, values[: max(0, matrix.rows * matrix.cols - start)]
-    if not _is_cut(engine):
-        return 0, parameter.detach().view(-1)
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return 0, torch.zeros(0, device=parameter.device)
-    return mapping.lp_fragment_address.start, mapping.hp_fragment.detach().view(-1)
-
-
-def _exchange(own: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+def _exchange(own: list[tuple[int, int]]) -> list[list[list[int]]]:
     """What every rank says of each matrix: (start, length), in the order of the ranks."""
     mine = torch.tensor(own, device=get_accelerator().current_device_name())  # (L, 2) int64
     everybody = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everybody, mine)
-    rows = torch.stack(everybody, dim=1).tolist()  # (L, ranks, 2)
-    return [[(start, length) for start, length in ranks] for ranks in rows]
+    rows: list[list[list[int]]] = torch.stack(everybody, dim=1).tolist()  # (L, ranks, 2)
+    return rows

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -17,27 +18,27 @@ import torch.distributed
 from jobs.finetune import checkpoints
 from jobs.finetune.batches import BatchPlan, RowTable, batch_plan
 from jobs.finetune.engine import (
-    adapter_tensors,
     build_engine,
     gradient_norm_if_unreported,
     join_process_group,
-    load_lora_model,
     whole_factors,
-    write_adapter,
 )
+from jobs.finetune.export import adapter_factors, model_tensors, write_adapter, write_model
 from jobs.finetune.job import WorkerJob
 from jobs.finetune.loss import loss_weight, padded_filler
+from jobs.finetune.model import load_trained_model, trained_layers
 from jobs.finetune.schedule import learning_rate
+from jobs.finetune.shards import matrix_shards
 from jobs.finetune.telemetry import StepMetrics, post
 from jobs.spec import FinetuneSpec
 from safeft.constraints import ConstraintHooks
 from safeft.data import collate
 from safeft.errors import TrainingError
-from safeft.lora import LoraPair, lora_pairs
+from safeft.weights import TrainedLayers
 
 
 def train(job: WorkerJob) -> list[StepMetrics]:
-    """Train to the end and report a last checkpoint that holds the adapter.
+    """Train to the end and report a last checkpoint that holds the finished weights.
 
     Returns:
         The metrics of every step, also of those before a resume.
@@ -54,33 +55,41 @@ def train(job: WorkerJob) -> list[StepMetrics]:
 
     tell("loading the model")
     join_process_group(use_gpu=spec.distributed.use_gpu)
-    model = load_lora_model(spec, job.model_dir)
-    pairs = lora_pairs(model)
+    model = load_trained_model(spec, job.model_dir)
+    layers = trained_layers(spec, model)
     constraints = [constraint.build(job.profile) for constraint in spec.constraints]
-    hooks = ConstraintHooks(constraints, pairs)  # leaf hooks: before deepspeed.initialize
+    hooks = ConstraintHooks(constraints, layers)  # leaf hooks: before deepspeed.initialize
     tell("preparing DeepSpeed")
-    engine = build_engine(spec, model, pairs)
+    engine = build_engine(spec, model, hooks)
+    hooks.attach(*matrix_shards(engine, hooks.matrices()))  # W0: before a checkpoint is loaded
     steps = checkpoints.restore(engine, job.run, job.resume_from)
 
     table = RowTable(ray.get(job.rows))
     plan = batch_plan(spec, table)
-    loop = _Loop(spec, engine, pairs, hooks, table, plan, rank)
+    loop = _Loop(spec, engine, layers, hooks, table, plan, rank)
     tell("training")
     for step in range(len(steps), plan.total_steps):
         steps.append(loop.step(step))
         tell(steps[-1])
-        if len(steps) % spec.training.checkpoint_every == 0 and len(steps) < plan.total_steps:
+        if loop.is_checkpoint(step) and len(steps) < plan.total_steps:
             checkpoints.save(engine, job.run, steps)
-    tell("saving the adapter")
-    with whole_factors(pairs):
-        tensors = adapter_tensors(pairs)
-    checkpoints.save(
-        engine,
-        job.run,
-        steps,
-        write_adapter=lambda directory: write_adapter(directory, model, tensors, spec.model),
-    )
+    tell("saving the weights")
+    checkpoints.save(engine, job.run, steps, _finished_weights(job, engine, layers, hooks))
     return steps
+
+
+def _finished_weights(
+    job: WorkerJob, engine: Any, layers: TrainedLayers, hooks: ConstraintHooks
+) -> Callable[[Path], None]:
+    """Gather what was trained on rank 0; returns what writes it into a directory."""
+    model = engine.module.model
+    if job.spec.lora is None:
+        weights = model_tensors(engine, job.model_dir)
+        return lambda directory: write_model(directory, model, weights, job.model_dir)
+    factors = adapter_factors(engine, layers)
+    return lambda directory: write_adapter(
+        directory, model, hooks.finish_adapter(factors), job.spec.model
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class _Loop:
 
     spec: FinetuneSpec
     engine: Any
-    pairs: Mapping[str, LoraPair]
+    layers: TrainedLayers
     hooks: ConstraintHooks
     table: RowTable
     plan: BatchPlan
@@ -105,7 +114,7 @@ class _Loop:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         try:
-            with whole_factors(self.pairs):
+            with whole_factors(self.layers):
                 penalties = self.hooks.before_backward(self.plan.accumulation_steps)
             loss, norm = self._forward_backward(step)
         except TrainingError as error:
@@ -121,7 +130,7 @@ class _Loop:
             "epoch": (step + 1) / self.plan.steps_per_epoch,
             "loss": loss,
             **{f"penalty/{name}": value for name, value in penalties.items()},
-            **self.hooks.metrics(),
+            **self.hooks.metrics(thorough=self.is_checkpoint(step)),
             "grad_norm": norm,
             "learning_rate": rate,
             "label_tokens": label_tokens,
@@ -146,22 +155,26 @@ class _Loop:
         )
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         micro_batches = plan.micro_batches(step, self.rank)
-        for chosen in micro_batches[:-1]:
-            total += self._backward(chosen, weight)
-            engine.step()
-        total += self._backward(micro_batches[-1], weight)
+        for index, chosen in enumerate(micro_batches):
+            if index:
+                engine.step()  # not yet the optimizer's
+            # The constraints' own forward pass, once a step: it is divided like the others.
+            further = (step, float(plan.accumulation_steps)) if index == 0 else None
+            total += self._backward(chosen, weight, further)
         torch.distributed.all_reduce(total)
         loss = float(total) / label_tokens
         if not math.isfinite(loss):
             raise TrainingError(f"the loss is {loss}; lower training.learning_rate")
-        own_norm = gradient_norm_if_unreported(engine, self.pairs)
+        own_norm = gradient_norm_if_unreported(engine)
         engine.step()
         norm = float(engine.get_global_grad_norm() if own_norm is None else own_norm)
         if not math.isfinite(norm):
             raise TrainingError(f"the gradient's norm is {norm}; lower training.learning_rate")
         return loss, norm
 
-    def _backward(self, chosen: np.typing.NDArray[np.int64], weight: float) -> torch.Tensor:
+    def _backward(
+        self, chosen: np.typing.NDArray[np.int64], weight: float, further: tuple[int, float] | None
+    ) -> torch.Tensor:
         """One micro-batch: the sum of its label tokens' losses."""
         if len(chosen):
             batch = collate(self.table.rows(chosen), pad_token_id=0)
@@ -169,6 +182,11 @@ class _Loop:
         else:
             ids, labels = padded_filler()
         device = self.engine.device
-        loss: torch.Tensor = self.engine(ids.to(device), labels.to(device))
-        self.engine.backward(loss * weight)
-        return loss.detach().double()
+        loss, task = self.engine(ids.to(device), labels.to(device), weight, further)
+        self.engine.backward(loss)
+        return cast(torch.Tensor, task.double())
+
+    def is_checkpoint(self, step: int) -> bool:
+        """Whether the state after the 0-based step is kept: a good moment for costly metrics."""
+        done = step + 1
+        return done % self.spec.training.checkpoint_every == 0 or done == self.plan.total_steps

@@ -7,14 +7,19 @@ pass ends at the autoencoder's layer; the base model's latents are stored in the
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from safeft.constraints.base import ForwardTerm
-from safeft.errors import ProfileError
-from safeft.latents import ActivationTargets
-from safeft.sae import residual_after
+from safeft.errors import ProfileError, TrainingError
+from safeft.stopped_forward import residual_after
+
+if TYPE_CHECKING:
+    from safeft.latents import ActivationTargets
 
 
 class ActivationPenalty:
@@ -37,6 +42,7 @@ class ActivationPenalty:
 
         Raises:
             ProfileError: the model's residual stream is not what the autoencoder reads.
+            TrainingError: the penalty is not finite; the layer is named.
         """
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         drawn = self.drawn(step)
@@ -51,6 +57,11 @@ class ActivationPenalty:
             dist.all_reduce(sums)
             sums /= ranks
         moved, held = sums.tolist()
+        if not math.isfinite(moved):
+            raise TrainingError(
+                f"constraint cwac: the activation penalty at layer {self._autoencoder.layer} is "
+                f"{moved}"
+            )
         metrics = {"latent_drift": moved / held} if held > 0 else {}
         return ForwardTerm(self._lam * distance, self._lam * moved, metrics)
 

@@ -8,7 +8,6 @@ after its step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from safeft.constraints.projection import UpdateProjection, project_rows
 from safeft.constraints.shards import MatrixShard, Origin, RankGroup, UpdateShard
 from safeft.errors import TrainingError
 from safeft.lora import LoraPair
-from safeft.weights import TrainedLayers, parameters_of
+from safeft.weights import FullWeight, TrainedLayers, parameters_of
 
 if TYPE_CHECKING:
     from safeft.adapters import LoraFactors
@@ -45,6 +44,9 @@ class ConstraintHooks:
     weights lie, and calls `project` after its optimizer's arithmetic; a plain loop needs neither.
     For each optimizer step: `before_backward`, the backward passes of all micro-batches (each of
     its loss / accumulation_steps), the optimizer's step, `after_step`.
+
+    Attributes:
+        origins: W0 of this rank's slices of the layers that are trained whole.
     """
 
     def __init__(self, constraints: Sequence[Constraint], layers: TrainedLayers) -> None:
@@ -61,7 +63,7 @@ class ConstraintHooks:
         for constraint in constraints:
             constraint.bind(layers)
         self._constraints = tuple(constraints)
-        self._layers = dict(layers)
+        self._layers: dict[str, LoraPair | FullWeight] = {**layers}
         pairs = {n: x for n, x in self._layers.items() if isinstance(x, LoraPair)}
         self._lora = FactorPenalties(constraints, pairs) if pairs and constraints else None
         anchors = {c.name: a for c in constraints if (a := c.anchors())} if not pairs else {}
@@ -71,7 +73,7 @@ class ConstraintHooks:
         self._projection = UpdateProjection(self._update_bases)
         self._anchored_layers = {name for a in anchors.values() for name in a}
         self._shards: dict[str, MatrixShard] = {}
-        self._origins: dict[str, Origin] = {}
+        self.origins: dict[str, Origin] = {}
         self._group = RankGroup()
         self._attached = False
         self._added: dict[nn.Parameter, Tensor] = {}
@@ -88,10 +90,12 @@ class ConstraintHooks:
         wanted = self._update_bases.keys() | self._anchored_layers
         found: dict[str, Matrix] = {}
         for name, layer in self._layers.items():
-            if name in wanted and isinstance(layer, LoraPair):
+            if name not in wanted:
+                continue
+            if isinstance(layer, LoraPair):
                 found[name] = Matrix(layer.A, layer.rank, layer.d_in)
-            elif name in wanted:
-                found[name] = Matrix(layer.W, layer.d_out, layer.d_in)  # type: ignore[union-attr]
+            else:
+                found[name] = Matrix(layer.W, layer.d_out, layer.d_in)
         return found
 
     def attach(self, shards: Sequence[MatrixShard], group: RankGroup) -> None:
@@ -102,7 +106,7 @@ class ConstraintHooks:
         self._shards = {shard.name: shard for shard in shards}
         self._group, self._attached = group, True
         if self._lora is None:
-            self._origins = {shard.name: Origin(shard.values) for shard in shards}
+            self.origins = {shard.name: Origin(shard.values) for shard in shards}
 
     def before_backward(self, accumulation_steps: int, loss_scale: float = 1.0) -> dict[str, float]:
         """Compute each penalty, and what its gradient needs, from the current weights.
@@ -152,10 +156,6 @@ class ConstraintHooks:
             term = constraint.forward_loss(model, step)
             if term is None:
                 continue
-            if not math.isfinite(term.penalty):
-                raise TrainingError(
-                    f"constraint {constraint.name}: the activation penalty is {term.penalty}"
-                )
             self._forward_metrics[f"penalty/{constraint.name}"] = term.penalty
             for key, value in term.metrics.items():
                 self._forward_metrics[f"{constraint.name}/{key}"] = value
@@ -166,7 +166,7 @@ class ConstraintHooks:
     def project(self) -> None:
         """Project the master weights: after the optimizer's arithmetic, before they are copied."""
         if self._update_bases:
-            self._projection.apply(list(self._shards.values()), self._origins, self._group)
+            self._projection.apply(list(self._shards.values()), self.origins, self._group)
 
     def after_step(self) -> None:
         """To be called after the optimizer's step.
@@ -211,7 +211,7 @@ class ConstraintHooks:
                 for key, value in constraint.metrics(self._lora.stacks).items():
                     found[f"{constraint.name}/{key}"] = value
         elif thorough and self._update_bases:
-            drift = self._projection.drift(list(self._shards.values()), self._origins, self._group)
+            drift = self._projection.drift(list(self._shards.values()), self.origins, self._group)
             if drift is not None:
                 found["weight_drift"] = drift
         return found
@@ -277,7 +277,7 @@ class ConstraintHooks:
         return edited
 
     def _update(self, shard: MatrixShard) -> UpdateShard:
-        return UpdateShard(shard, self._origins[shard.name].update_of(shard))
+        return UpdateShard(shard, self.origins[shard.name].update_of(shard))
 
 
 def _one_basis_a_layer(given: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -165,7 +165,7 @@ def summed(tensors: Sequence[Tensor], group: RankGroup) -> list[Tensor]:
         return list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     group.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from safeft.models.fetch import resolve
-from safeft.models.hashes import adapter_hash, weights_hash
+from safeft.models.hashes import adapter_hash, tuned_hash, weights_hash
 from safeft.models.source import Source, parse_source
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "load_tokenizer",
     "parse_source",
     "resolve",
+    "tuned_hash",
     "weights_hash",
 ]
 

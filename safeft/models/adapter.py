@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from safeft.errors import ModelError
-from safeft.models.directory import check_safetensors, read_json
+from safeft.models.directory import check_safetensors, is_whole_model, read_json
 from safeft.models.explain import explain
 from safeft.models.load import load_model
 
@@ -50,16 +50,21 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:
     return adapted
 
 
-def load_merged(source: str | Path, adapter: Path | None) -> Any:
-    """The model of `source` with an adapter merged into its weights; None: the model as it is.
+def load_merged(source: str | Path, tuned: Path | None) -> Any:
+    """The model of `source` as fine-tuning left it.
 
-    Generation through separate LoRA layers costs a third more on a small model.
+    Args:
+        tuned: a LoRA adapter, which is merged into the weights (generation through separate layers
+            costs a third more on a small model), or a whole model, which takes the base's place;
+            None: the base as it is.
 
     Raises:
         ModelError: see load_model() and load_adapter().
     """
+    if tuned is not None and is_whole_model(tuned):
+        return load_model(tuned)
     model = load_model(source)
-    return model if adapter is None else load_adapter(model, adapter).merge_and_unload()
+    return model if tuned is None else load_adapter(model, tuned).merge_and_unload()
 
 
 def _config(directory: Path) -> LoraConfig:

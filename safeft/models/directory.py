@@ -57,6 +57,11 @@ def check_directory(directory: Path) -> None:
         )
 
 
+def is_whole_model(directory: Path) -> bool:
+    """Whether a directory of tuned weights holds a model that stands alone, not an adapter."""
+    return (directory / "config.json").exists() and not (directory / "adapter_config.json").exists()
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that transformers reads from `directory`, sorted by name.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safeft.cache import cache_root, write_whole
 from safeft.errors import ModelError
-from safeft.models.directory import check_safetensors, read_json, weight_files
+from safeft.models.directory import check_safetensors, is_whole_model, read_json, weight_files
 
 _BLOCK = 4 << 20  # bytes in memory at a time
 #: What, beside its tensors, decides what an adapter adds to the base model.
@@ -41,6 +41,16 @@ def adapter_hash(directory: str | Path) -> str:
     config = read_json(Path(directory) / "adapter_config.json")
     extra = {field: config[field] for field in _SCALE_FIELDS if config.get(field)}
     return _remembered([Path(directory) / "adapter_model.safetensors"], extra)
+
+
+def tuned_hash(directory: str | Path) -> str:
+    """The hash of what fine-tuning left: of an adapter, or of a whole model.
+
+    Raises:
+        ModelError: see weights_hash() and adapter_hash().
+    """
+    whole = is_whole_model(Path(directory))
+    return weights_hash(directory) if whole else adapter_hash(directory)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What the constraints cost: `python -m benchmarks.constraints`."""

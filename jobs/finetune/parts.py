@@ -1,0 +1,90 @@
+"""The parts of the safety profile that a run's constraints read: found, checked and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.spec import FinetuneSpec
+from safeft.cache import sha256_file
+from safeft.constraints import ProfileFiles
+from safeft.constraints.alignment import load_directions
+from safeft.errors import ProfileError
+from safeft.profile import SafetyProfile, hash_files
+
+DIRECTIONS = "directions.safetensors"
+
+
+def needed_parts(spec: FinetuneSpec, profile: SafetyProfile) -> ProfileFiles:
+    """Where the parts are that the spec's constraints name, and only those.
+
+    Raises:
+        ProfileError: one is missing, changed or made for other weights; the message says how to
+            make it.
+    """
+    names = sorted({part for constraint in spec.constraints for part in constraint.parts})
+    profile.verify(names)
+    paths = {name: profile.path(name) for name in names}
+    alignment = paths.get("alignment")
+    return ProfileFiles(
+        alignment=alignment and alignment / DIRECTIONS,
+        harmful_inputs=paths.get("harmful-inputs"),
+        autoencoder=paths.get("autoencoder"),
+    )
+
+
+def absolute(profile: ProfileFiles) -> ProfileFiles:
+    """The same parts by paths that hold in any working directory."""
+    return ProfileFiles(**{name: path.absolute() for name, path in _given(profile)})
+
+
+def part_hashes(profile: ProfileFiles) -> dict[str, str]:
+    """SHA-256 of each given part: of its file, or over the names and hashes of all its files."""
+    return {name: _sha256(path) for name, path in _given(profile)}
+
+
+def check_made_for(profile: ProfileFiles, base_weights: str, model: str) -> None:
+    """Check that every given part was made for the base model.
+
+    Args:
+        base_weights: its `safeft.models.weights_hash`.
+        model: its name, for the message.
+
+    Raises:
+        ProfileError: a part was made for other weights, or cannot be read.
+    """
+    for name, path in _given(profile):
+        made_for = _made_for(name, path)
+        if made_for != base_weights:
+            raise ProfileError(
+                f"{path} was made for the model with weights {made_for[:12]}, but {model} has "
+                f"{base_weights[:12]}; make its profile with `safeft profile build`"
+            )
+
+
+def _given(profile: ProfileFiles) -> Iterator[tuple[str, Path]]:
+    for name in ("alignment", "harmful_inputs", "autoencoder"):
+        path: Path | None = getattr(profile, name)
+        if path is not None:
+            yield name, path
+
+
+def _made_for(name: str, path: Path) -> str:
+    if name == "alignment":
+        return str(load_directions(path).aligned_hash)
+    if name == "harmful_inputs":
+        from safeft.constraints.subspaces import load_subspaces
+
+        return str(load_subspaces(path).base_weights)
+    from safeft.latents import load_activation_targets
+
+    return str(load_activation_targets(path).base_weights)
+
+
+def _sha256(path: Path) -> str:
+    if path.is_file():
+        return sha256_file(path)
+    listed = json.dumps(hash_files(path), sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -1,0 +1,6 @@
+"""Building a safety profile, part by part."""
+
+from jobs.profile.build import build_profile
+from jobs.profile.config import HarmfulInputsConfig, ProfileConfig, RefusalsConfig
+
+__all__ = ["HarmfulInputsConfig", "ProfileConfig", "RefusalsConfig", "build_profile"]

@@ -1,0 +1,69 @@
+"""How the parts of a profile are built. The defaults are set for the demo model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from safeft.fit import FitConfig
+from safeft.sae_config import AutoencoderConfig
+
+
+@dataclass(frozen=True)
+class RefusalsConfig:
+    """The base model's own refusals.
+
+    Attributes:
+        prompts: harmful prompts that it is asked.
+        answer_tokens: where its answers are cut off.
+    """
+
+    prompts: int = 200
+    answer_tokens: int = 24
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class HarmfulInputsConfig:
+    """The harmful-input subspaces.
+
+    Attributes:
+        energy: the share of each covariance's trace that is kept, and the most that a run can ask
+            for; the paper leaves it open.
+    """
+
+    energy: float = 0.99
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.energy <= 1.0:
+            raise ValueError("energy must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """How all parts are built; a part depends on its own fields only.
+
+    Attributes:
+        safety, danger: the two trainings. The paper's rate of 5e-6 is for 8B models.
+        prompts: harmful prompts behind each direction; the safety pairs have as many benign ones.
+        skip_layers: share of the decoder's layers, from the input on, that directions leave out.
+            What tells a refusal from compliance sits in the later ones, and rows cost less.
+        calibration: benign rows that the threshold is set on; the other classes have half as many.
+        refusals, harmful_inputs, autoencoder: the parts of these names.
+    """
+
+    safety: FitConfig = field(
+        default_factory=lambda: FitConfig(learning_rate=1e-3, batch_size=8, steps=72)
+    )
+    danger: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=16))
+    prompts: int = 320
+    skip_layers: float = 0.5
+    calibration: int = 96
+    refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
+    harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

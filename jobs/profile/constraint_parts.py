@@ -1,0 +1,88 @@
+"""The parts that CWAC needs: the model's own refusals, what it reads at them, the autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.profile.harmful_inputs import build_harmful_inputs
+from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
+from safeft.evaluate import JUDGE_VERSION
+from safeft.models import load_model
+from safeft.own_refusals import load_refusals, own_refusals, save_refusals
+from safeft.profile import hash_files
+from safeft.prompts import load_prompts, spread
+
+
+class ConstraintParts:
+    """Makes them for one build."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.profile, self.config = context.profile, context.config
+
+    def parts(self) -> list[Part]:
+        """Each after what it is made from."""
+        return [
+            Part("refusals", self._asked, self._refusals),
+            Part("harmful-inputs", self._read_by, self._harmful_inputs, ("refusals",)),
+            Part("autoencoder", self._trained_by, self._autoencoder, ("refusals",)),
+        ]
+
+    def _asked(self) -> dict[str, Any]:
+        return {
+            "prompt_set": prompt_sets("profile")["harmful"],
+            "tokenizer": tokenizer_hash(self.context.tokenizer),
+            "judge": JUDGE_VERSION,
+            **asdict(self.config.refusals),
+        }
+
+    def _refusals(self, out: Path) -> None:
+        prompts = spread(load_prompts("harmful", "profile"), self.config.refusals.prompts)
+        refusals = own_refusals(
+            load_model(self.context.model_dir),
+            self.context.tokenizer,
+            [prompt.text for prompt in prompts],
+            answer_tokens=self.config.refusals.answer_tokens,
+            progress=self.context.progress,
+        )
+        save_refusals(refusals, out)
+
+    def _read_by(self) -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer_hash(self.context.tokenizer),
+            **asdict(self.config.harmful_inputs),
+        }
+
+    def _harmful_inputs(self, out: Path) -> None:
+        build_harmful_inputs(
+            self.context.model_dir,
+            load_refusals(self.profile.path("refusals")),
+            out,
+            base_weights=self.profile.base_weights,
+            energy=self.config.harmful_inputs.energy,
+            workers=self.context.workers,
+            progress=self.context.progress,
+        )
+
+    def _trained_by(self) -> dict[str, Any]:
+        imported = self.context.import_sae
+        return {
+            "prompt_sets": prompt_sets("profile"),
+            "tokenizer": tokenizer_hash(self.context.tokenizer),
+            "imported": hash_files(imported) if imported else None,
+            **asdict(self.config.autoencoder),
+        }
+
+    def _autoencoder(self, out: Path) -> None:
+        from jobs.profile.autoencoder import build_autoencoder
+
+        build_autoencoder(
+            self.context.model_dir,
+            self.profile.path("refusals"),
+            out,
+            self.config.autoencoder,
+            self.context.progress,
+            import_from=self.context.import_sae,
+        )

@@ -1,0 +1,173 @@
+"""The parts that screening, AsFT and the gate need: directions, threshold and baseline."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluate import MAX_NEW_TOKENS, evaluate
+from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
+from safeft.adapters import LoraFactors, factors_of, save_factors
+from safeft.calibration import calibrate
+from safeft.constraints.alignment import alignment_direction, save_directions
+from safeft.data import TokenisedRow
+from safeft.directions import DPO_BETA, SAFETY_SCALE, difference, fit_dpo, fit_sft, start_at
+from safeft.errors import ProfileError
+from safeft.evaluate import JUDGE_VERSION
+from safeft.fit import FitConfig, new_adapter
+from safeft.models import load_model, weights_hash
+from safeft.profile import ScreenPolicy
+from safeft.reference_rows import (
+    Half,
+    benign_rows,
+    danger_rows,
+    obedient_rows,
+    opened_rows,
+    safety_pairs,
+    wordings_hash,
+)
+from safeft.sqsd import RowScore, SqsdScorer
+
+BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
+#: The fields of ProfileConfig that these parts depend on.
+FIELDS = ("safety", "danger", "prompts", "skip_layers", "calibration")
+
+
+class SqsdParts:
+    """Makes them for one build."""
+
+    def __init__(self, context: Context) -> None:
+        self.profile, self.config = context.profile, context.config
+        self.progress, self.tokenizer = context.progress, context.tokenizer
+        self.model_dir, self.unaligned_dir = context.model_dir, context.unaligned_dir
+
+    def parts(self) -> list[Part]:
+        """Each after what it is made from."""
+        directions = ("danger-direction", "safety-direction")
+        return [
+            Part("alignment", self._pair, self._alignment),
+            Part("safety-direction", self._made_by, self._safety_direction),
+            Part("danger-direction", self._made_by, self._danger_direction, directions[1:]),
+            Part("calibration", self._calibrated_by, self._calibration, directions),
+            Part("baseline", self._asked, self._baseline),
+        ]
+
+    def _pair(self) -> dict[str, Any]:
+        return {"unaligned": weights_hash(self._unaligned())}
+
+    def _made_by(self) -> dict[str, Any]:
+        config = asdict(self.config)
+        return {
+            "prompt_sets": prompt_sets("profile"),
+            "wordings": wordings_hash(),
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "safety_scale": SAFETY_SCALE,
+            "dpo_beta": DPO_BETA,
+            **{name: config[name] for name in FIELDS},
+        }
+
+    def _calibrated_by(self) -> dict[str, Any]:
+        return {"policy": asdict(ScreenPolicy(0.0)), **self._made_by()}
+
+    def _asked(self) -> dict[str, Any]:
+        return {
+            "prompt_sets": prompt_sets("report"),
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "judge": JUDGE_VERSION,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        }
+
+    def _unaligned(self) -> Path:
+        if self.unaligned_dir is None:
+            raise ProfileError("the alignment direction needs the unaligned model: --unaligned")
+        return self.unaligned_dir
+
+    def _fresh(self, fit: FitConfig) -> Any:
+        model = load_model(self.model_dir)
+        layers: int = model.config.num_hidden_layers
+        return new_adapter(model, fit, first_layer=int(self.config.skip_layers * layers))
+
+    def _alignment(self, out: Path) -> None:
+        directions = alignment_direction(
+            self.model_dir, self._unaligned(), _is_linear, self.progress
+        )
+        save_directions(
+            directions, out / "directions.safetensors", aligned_hash=self.profile.base_weights
+        )
+
+    def _safety_direction(self, out: Path) -> None:
+        model = self._fresh(self.config.safety)
+        losses = fit_dpo(
+            model,
+            safety_pairs(self.tokenizer, BUILD, self.config.prompts),
+            self.tokenizer.pad_token_id,
+            self.config.safety,
+            "profile: safety direction",
+            self.progress,
+        )
+        _save(factors_of(model), out, losses)
+
+    def _danger_direction(self, out: Path) -> None:
+        model = self._fresh(self.config.danger)
+        start_at(model, self.profile.reference_state())
+        start = factors_of(model)
+        losses = fit_sft(
+            model,
+            danger_rows(self.tokenizer, BUILD, self.config.prompts),
+            self.tokenizer.pad_token_id,
+            self.config.danger,
+            "profile: danger direction",
+            self.progress,
+        )
+        _save(difference(factors_of(model), start), out, losses)
+
+    def _calibration(self, out: Path) -> None:
+        n, tokenizer = self.config.calibration, self.tokenizer
+        model = load_model(self.model_dir)
+        classes: dict[str, list[TokenisedRow]] = {
+            "benign": benign_rows(
+                model, tokenizer, CALIBRATE, n, answer_tokens=32, progress=self.progress
+            ),
+            "benign, compliant opening": opened_rows(tokenizer, CALIBRATE, n // 2),
+            "danger": danger_rows(tokenizer, CALIBRATE, n // 2),
+            "obedient danger": obedient_rows(tokenizer, CALIBRATE, n // 2),
+        }
+        scorer = SqsdScorer(
+            model,
+            self.profile.danger(),
+            self.profile.safety(),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        scores: dict[str, list[RowScore]] = {}
+        for done, (name, rows) in enumerate(classes.items()):
+            self.progress("profile: calibrating the threshold", done, len(classes))
+            scores[name] = scorer.score(rows)
+            if lost := [s for s in scores[name] if s.error]:
+                raise ProfileError(f"calibration: a {name} row has no score ({lost[0].error})")
+        values = {name: [s.score for s in part] for name, part in scores.items()}
+        benign = {name: v for name, v in values.items() if name.startswith("benign")}
+        policy, quality = calibrate(
+            benign, {name: v for name, v in values.items() if name not in benign}
+        )
+        (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
+        (out / "quality.json").write_text(json.dumps(quality, indent=1))
+        summary = {
+            name: [[s.score, s.danger, s.safety, s.tokens, s.trained] for s in part]
+            for name, part in scores.items()
+        }
+        (out / "scores.json").write_text(json.dumps(summary))
+        self.progress("profile: calibrating the threshold", len(classes), len(classes))
+
+    def _baseline(self, out: Path) -> None:
+        evaluate(self.model_dir, output=out / "evaluation.json", progress=self.progress)
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith("_proj")
+
+
+def _save(direction: LoraFactors, out: Path, losses: list[float]) -> None:
+    save_factors(direction, out)
+    (out / "training.json").write_text(json.dumps({"losses": losses}))

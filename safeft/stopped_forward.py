@@ -1,0 +1,81 @@
+"""The residual stream after one decoder layer, at the price of the layers up to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from safeft.errors import ModelError
+
+
+def residual_after(
+    model: Any,
+    layer: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    past_key_values: Any = None,
+) -> Tensor:
+    """Run a causal language model through its decoder layers 0..layer, and no further.
+
+    The decoder runs as itself, with its list of layers cut short for the time of the call: masks,
+    positions, hooks (peft's, DeepSpeed ZeRO-3's) and gradient checkpointing are the model's own.
+    Not for several threads on one model at a time.
+
+    Args:
+        model: a transformers causal language model, plain or wrapped by peft.
+        layer: 0-based decoder layer whose output is returned.
+        input_ids: (B, T) int64. Rows of different lengths are padded on the right, since the
+            decoder numbers positions from the first column on.
+        attention_mask: (B, T), 0 on padding, or None: padding on the right is never visible to
+            what stands before it.
+        past_key_values: a cache of the tokens before `input_ids`, of which only the layers up to
+            `layer` are read; it is extended, as by the model itself.
+
+    Returns:
+        (B, T, d) in the model's dtype: the layer's output before the final norm, differentiable.
+
+    Raises:
+        ModelError: the model has no such layer, or no list of decoder layers.
+    """
+    decoder = model.get_decoder()
+    name, layers = decoder_layers(decoder)
+    if not 0 <= layer < len(layers):
+        raise ModelError(f"layer {layer}: the model's decoder layers are 0 to {len(layers) - 1}")
+    captured: list[Tensor] = []
+
+    def capture(_module: nn.Module, _args: Any, output: Any) -> None:
+        captured.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = layers[layer].register_forward_hook(capture)
+    # Same modules, shorter list: nothing is moved or copied, and no parameter changes its name
+    # for longer than this call.
+    setattr(decoder, name, nn.ModuleList(layers[: layer + 1]))
+    try:
+        decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
+    finally:
+        setattr(decoder, name, layers)
+        hook.remove()
+    return captured[-1]
+
+
+def decoder_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The attribute that holds a decoder's layers, and the layers.
+
+    Raises:
+        ModelError: it has no list of as many modules as its config has layers.
+    """
+    wanted = decoder.config.num_hidden_layers  # type: ignore[union-attr]
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == wanted:
+            return name, child
+    raise ModelError(
+        f"{type(decoder).__name__}: has no list of {wanted} decoder layers, so its forward pass "
+        "cannot be stopped at one; choose a decoder-only model of transformers"
+    )

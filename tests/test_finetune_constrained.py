@@ -1,0 +1,135 @@
+"""Full-parameter runs under AsFT and both sides of CWAC, on a real Ray with ZeRO-3."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.finetune import FinetuneResult, finetune
+from jobs.runtime import embedded_ray
+from jobs.spec import FinetuneSpec
+from safeft.constraints import ProfileFiles
+from safeft.constraints.subspaces import load_subspaces
+from safeft.errors import ProfileError, TrainingError
+from safeft.progress import Progress, silent
+from tests.tiny import save_tiny
+from tests.tinyjob import MARK, make_rows, make_spec, processes
+from tests.tinyparts import write_parts
+
+CONSTRAINTS = [{"kind": "asft", "lam": 2.0}, {"kind": "cwac", "layers": "all-linear"}]
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "aligned", seed=1)
+
+
+@pytest.fixture(scope="module")
+def files(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileFiles:
+    where = tmp_path_factory.mktemp("profile")
+    return write_parts(model_dir, save_tiny(where / "unaligned", seed=2), where)
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MARK, f"constrained-{os.getpid()}")
+
+
+def spec_for(output: Path, constraints: object = CONSTRAINTS) -> FinetuneSpec:
+    return make_spec(
+        output,
+        lora=None,
+        constraints=constraints,
+        training={"micro_batch_size": 2},
+        distributed={"workers": 2, "zero_stage": 3, "cpus_per_worker": 0.5},
+    )
+
+
+def run(
+    spec: FinetuneSpec, model_dir: Path, files: ProfileFiles, progress: Progress = silent
+) -> FinetuneResult:
+    return finetune(
+        spec,
+        rows=make_rows(),
+        model_dir=model_dir,
+        profile=files,
+        output=spec.output,
+        progress=progress,
+    )
+
+
+def test_a_worker_killed_in_mid_run_changes_nothing_and_what_is_published_keeps_the_invariant(
+    tmp_path: Path, model_dir: Path, files: ProfileFiles
+) -> None:
+    killed: list[int] = []
+
+    def kill_once(label: str, done: int, total: int | None) -> None:
+        if label == "training" and done >= 4 and not killed:
+            killed.append(processes(b"TrainWorker")[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with embedded_ray():
+        undisturbed = run(spec_for(tmp_path / "whole"), model_dir, files)
+        resumed = run(spec_for(tmp_path / "killed"), model_dir, files, kill_once)
+        plain = run(spec_for(tmp_path / "plain", []), model_dir, ProfileFiles())
+    assert killed
+    assert resumed.losses == pytest.approx(undisturbed.losses, abs=1e-5)
+    assert plain.losses[-1] != pytest.approx(undisturbed.losses[-1], abs=1e-3)
+    last = undisturbed.steps[-1]
+    for name in ("penalty/asft", "penalty/cwac", "asft/orthogonal_fraction", "cwac/latent_drift"):
+        assert last[name] > 0, name
+    assert last["weight_drift"] < 1e-4
+
+    first, second = (load_file(r.weights / "model.safetensors") for r in (undisturbed, resumed))
+    start = load_file(model_dir / "model.safetensors")
+    assert files.harmful_inputs is not None
+    subspaces = load_subspaces(files.harmful_inputs)
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() <= 1e-5, name
+        if name.endswith("_proj.weight"):
+            U = subspaces.basis(name.removesuffix(".weight"), "prompt", 0.99, None).double()
+            delta = tensor.double() - start[name].double()
+            bound = 1e-5 * delta.norm() + 4 * EPS * tensor.norm()
+            assert (delta @ U).norm() <= bound < 0.1 * delta.norm(), name
+
+
+def test_a_penalty_that_becomes_nan_stops_the_run_with_the_layers_name(
+    tmp_path: Path, model_dir: Path, files: ProfileFiles
+) -> None:
+    assert files.autoencoder is not None
+    broken = tmp_path / "autoencoder"
+    broken.mkdir()
+    for file in files.autoencoder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    path = broken / "sae_weights.safetensors"
+    huge = load_file(path)
+    huge["W_enc"] = huge["W_enc"] * 1e30  # finite, so it loads; its latents' squares are not
+    save_file(huge, path)
+    with (
+        embedded_ray(),
+        pytest.raises(TrainingError, match=r"step 1: constraint cwac: .* layer 0 is (inf|nan)"),
+    ):
+        run(spec_for(tmp_path / "run"), model_dir, replace(files, autoencoder=broken))
+
+
+@pytest.mark.parametrize("part", ["alignment", "harmful_inputs", "autoencoder"])
+def test_a_run_without_a_part_fails_before_it_starts_and_names_the_command(
+    part: str, tmp_path: Path, model_dir: Path, files: ProfileFiles
+) -> None:
+    with pytest.raises(ProfileError, match=f"safeft profile build --part {part.replace('_', '-')}"):
+        run(spec_for(tmp_path / "run"), model_dir, replace(files, **{part: None}))
+
+
+def test_parts_of_another_model_are_refused(
+    tmp_path: Path, model_dir: Path, files: ProfileFiles
+) -> None:
+    other = save_tiny(tmp_path / "other", seed=5)
+    with pytest.raises(ProfileError, match="was made for the model with weights"):
+        run(spec_for(tmp_path / "run"), other, files)
