@@ -28,6 +28,7 @@ from safeft.data import Row, TokenisedRow, load_rows, tokenise_all
 from safeft.errors import DatasetRejected, InputError, ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
 from safeft.models import load_tokenizer, resolve, weights_hash
+from safeft.own_refusals import load_refusals, refusal_row
 from safeft.profile import REBUILD, SafetyProfile
 from safeft.progress import Progress, silent
 
@@ -160,6 +161,7 @@ def run_job(
     profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
     profile.verify()
     parts = needed_parts(spec, profile)
+    safety = _safety_rows(spec.data.safety_rows, profile, model_dir)
     before = _baseline(profile)
     max_tokens = spec.data.max_tokens
     dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
@@ -176,13 +178,32 @@ def run_job(
             )
         tuned = finetune(
             spec,
-            rows=dataset.tokenised,
+            rows=[*dataset.tokenised, *safety],
             model_dir=model_dir,
             profile=parts,
             output=spec.output / TRAINING,
             progress=progress,
         )
     return _judge(spec, verdict, tuned, model_dir, before, held_out, progress)
+
+
+def _safety_rows(count: int, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:
+    """Harmful prompts with the base model's own refusals; the profile has them in random order.
+
+    Raises:
+        ProfileError: the profile has none, or fewer than asked for.
+    """
+    if count == 0:
+        return []
+    profile.verify(["refusals"])
+    refusals = load_refusals(profile.path("refusals"))
+    if count > len(refusals):
+        raise ProfileError(
+            f"data.safety_rows: {count} are asked for, but the profile holds {len(refusals)}; "
+            "lower it, or build the part with more prompts"
+        )
+    tokenizer = load_tokenizer(model_dir)
+    return [refusal_row(tokenizer, refusal) for refusal in refusals[:count]]
 
 
 def _judge(

@@ -40,11 +40,16 @@ class _Part(BaseModel):
 
 
 class DataSpec(_Part):
-    """Paths are relative to the spec's directory."""
+    """Paths are relative to the spec's directory.
+
+    `safety_rows`: so many harmful prompts with the base model's own refusals are added to the rows
+    (SafeInstr, arXiv 2309.07875), after screening.
+    """
 
     train: Path
     validation: Path | None = None
     max_tokens: Count = 512
+    safety_rows: Annotated[int, Field(strict=True, ge=0)] = 0
 
 
 class LoraSpec(_Part):

@@ -100,11 +100,16 @@ class SafetyProfile:
         record = self._record(part)
         if record is None:
             raise ProfileError(f"the safety profile in {self.root} lacks {part!r}; {rebuild(part)}")
-        if record["base_weights"] != self.base_weights or record["format"] != FORMAT:
+        if record["base_weights"] != self.base_weights:
             raise ProfileError(
-                f"the safety profile in {self.root} was made for other weights "
-                f"({record['base_weights'][:12]}, not {self.base_weights[:12]}) or another format; "
+                f"{part!r} of the safety profile in {self.root} was made for other weights "
+                f"({str(record['base_weights'])[:12]}, not {self.base_weights[:12]}); "
                 f"{rebuild(part)}"
+            )
+        if record["format"] != FORMAT:
+            raise ProfileError(
+                f"{part!r} of the safety profile in {self.root} has format {record['format']}, "
+                f"not {FORMAT}: another version of safeft made it; {rebuild(part)}"
             )
         if record["files"] != hash_files(self.root / part):
             raise ProfileError(

@@ -13,7 +13,7 @@ from cluster.cli.main import app
 from safeft.constraints.covariance import Covariance, InputSite
 from safeft.constraints.subspaces import POSITIONS, principal_subspace, save_index, save_site
 from safeft.errors import SafeftError
-from safeft.profile import CONSTRAINT_PARTS, PARTS, SCREENING_PARTS, SafetyProfile
+from safeft.profile import CONSTRAINT_PARTS, PARTS, RECORD, SCREENING_PARTS, SafetyProfile
 from tests.test_cli import safeft
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -125,21 +125,30 @@ def test_verify_of_whole_parts_succeeds(profile: SafetyProfile, command: Command
     assert found["parts"] == {part: {"good": True, "problem": None} for part in parts}
 
 
-@pytest.mark.parametrize("foreign", [False, True])
-def test_verify_notices_changed_files_and_other_weights(
-    profile: SafetyProfile, command: Command, foreign: bool
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("weights", "was made for other weights"),
+        ("format", "has format 1"),
+        ("file", "is not what was built there"),
+    ],
+)
+def test_verify_notices_other_weights_other_formats_and_changed_files(
+    profile: SafetyProfile, command: Command, change: str, words: str
 ) -> None:
     directory = profile.root / "harmful-inputs"
-    if foreign:
+    if change == "weights":
         SafetyProfile(profile.root, "0" * 64).write_record(directory, {})
+    elif change == "format":
+        record = json.loads((directory / RECORD).read_text())
+        (directory / RECORD).write_text(json.dumps(record | {"format": 1}))
     else:
         (directory / "site-0001.safetensors").write_bytes(b"other")
     done = command("verify", "--json", "--part", "harmful-inputs")
     assert done.code == 1
     found = json.loads(done.stdout)
     assert not found["good"]
-    words = "made for other weights" if foreign else "is not what was built there"
-    assert words in found["parts"]["harmful-inputs"]["problem"]
+    assert found["parts"]["harmful-inputs"]["problem"] == done.error
     assert words in done.error
     assert "--part harmful-inputs" in done.error
 

@@ -330,6 +330,16 @@ def test_frozen_layers_do_not_move_and_the_others_do(whole: bool) -> None:
             assert torch.equal(parameter, start[name]) == (".layers.0." in name), name
 
 
+def test_a_penalty_leaves_frozen_layers_out() -> None:
+    model = tiny_model().train()
+    layers = full_weights(model)
+    frozen = FrozenConfig(first=0, last=0).build(ProfileFiles())
+    hooks = ConstraintHooks([L2Config().build(ProfileFiles()), frozen], layers)
+    assert all(".layers.1." in name for name in hooks.matrices())
+    train(model, 2, hooks)
+    assert hooks.before_backward(1)["l2"] > 0
+
+
 def test_freezing_nothing_or_everything_is_an_error() -> None:
     for first, last, message in ((7, 9, "trained layers are 0 to 1"), (0, 1, "nothing is left")):
         with pytest.raises(ModelError, match=message):

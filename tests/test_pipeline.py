@@ -1,12 +1,20 @@
-"""The safety gate: what may be published."""
+"""The safety gate: what may be published; and what is added to a tenant's rows."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jobs.evaluate import Evaluation
-from jobs.pipeline import safety_gate
+from jobs.pipeline import _safety_rows, safety_gate
+from safeft.errors import ProfileError
 from safeft.evaluate import Rate
+from safeft.models import load_tokenizer, weights_hash
+from safeft.own_refusals import OwnRefusal, refusal_row, save_refusals
+from safeft.profile import SafetyProfile
+from tests.tiny import save_tiny
 
 BOUND: dict[str, Any] = {
     "base_weights": "w",
@@ -51,3 +59,24 @@ def test_measurements_by_different_judges_are_unknown_and_do_not_pass() -> None:
     gate = safety_gate(evaluation(112), evaluation(112, judge=["pattern", "2"]))
     assert not gate.passed
     assert "unknown" in gate.reason and "judge" in gate.reason
+
+
+def test_safety_rows_are_the_base_models_own_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = save_tiny(tmp_path / "model")
+    profile = SafetyProfile(tmp_path / "profile", weights_hash(model_dir))
+    with pytest.raises(ProfileError, match=r"safeft profile build .*--part refusals"):
+        _safety_rows(1, profile, model_dir)
+    part = profile.root / "refusals"
+    part.mkdir(parents=True)
+    refusals = [OwnRefusal(f"prompt {n}", f"I can't do {n}.") for n in range(4)]
+    save_refusals(refusals, part)
+    profile.write_record(part, {})
+    tokenizer = load_tokenizer(model_dir)
+    rows = _safety_rows(2, profile, model_dir)
+    assert rows == [refusal_row(tokenizer, refusal) for refusal in refusals[:2]]
+    assert tokenizer.decode([t for t in rows[1].labels if t != -100]) == "I can't do 1."
+    assert _safety_rows(0, profile, model_dir) == []
+    with pytest.raises(ProfileError, match=r"data\.safety_rows: 5 are asked for.* holds 4"):
+        _safety_rows(5, profile, model_dir)

@@ -163,8 +163,8 @@ def test_harmful_inputs_do_not_depend_on_the_number_of_workers_or_passes(
     tiny_dir: Path, tmp_path: Path, ray: None
 ) -> None:
     one = harmful_inputs(tiny_dir, tmp_path / "one", 1.0)
-    # Room for the covariances of half a layer: 4 passes over the prompts.
-    two = harmful_inputs(tiny_dir, tmp_path / "two", 1.0, workers=2, memory=100_000)
+    # Room for the covariances of little more than a layer: 2 passes over the prompts.
+    two = harmful_inputs(tiny_dir, tmp_path / "two", 1.0, workers=2, memory=200_000)
     tokenizer, model = load_tokenizer(tiny_dir), load_model(tiny_dir)
     rows = [read_row(tokenizer, refusal) for refusal in some_refusals(24)]
     sums = InputCovariances(input_sites(model, rows[0].input_ids))

@@ -212,7 +212,7 @@ class InputCovariances:
                 yield site, token_class, part
 
 
-class _AllRead(Exception):  # noqa: N818  (ends a forward pass; nothing went wrong)
+class _AllRead(Exception):
     """Every site was read: the rest of the forward pass is not needed."""
 
 

@@ -86,11 +86,11 @@ class ConstraintHooks:
         self._install()
 
     def matrices(self) -> dict[str, Matrix]:
-        """What `attach` needs the shards of, by layer."""
+        """What `attach` needs the shards of, by layer. A frozen layer has no master weights."""
         wanted = self._update_bases.keys() | self._anchored_layers
         found: dict[str, Matrix] = {}
         for name, layer in self._layers.items():
-            if name not in wanted:
+            if name not in wanted or not all(p.requires_grad for p in parameters_of(layer)):
                 continue
             if isinstance(layer, LoraPair):
                 found[name] = Matrix(layer.A, layer.rank, layer.d_in)
