@@ -42,6 +42,9 @@ ARMS: dict[str, tuple[ConstraintConfig, ...]] = {
     "asft": (AsftConfig(lam=5.0),),
     "cwac-published": (CwacConfig(project="gradient"),),
     "cwac-all-linear-both": (OUR_WEIGHTS,),
+    "cwac-all-linear-response": (
+        CwacConfig(mode="weight_only", layers="all-linear", positions="response"),
+    ),
     "asft+cwac-all-linear-both": (AsftConfig(lam=5.0), OUR_WEIGHTS),
     "safelora": (SafeLoraConfig(),),
     "frozen-middle": (FrozenConfig(first=8, last=20),),

@@ -39,7 +39,7 @@ class AutoencoderConfig:
     depth: float = 0.5
     layer: int | None = None
     expansion: int = 4
-    k: int = 96
+    k: int = 128
     learning_rate: float = 3e-3
     warmup_steps: int = 20
     decay: float = 0.8
