@@ -43,10 +43,10 @@ class AutoencoderConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 20
     decay: float = 0.8
-    steps: int = 800
+    steps: int = 1000
     batch_size: int = 512
     buffer_tokens: int = 32768
-    uses: float = 6.0
+    uses: float = 8.0
     dead_after: int = 30_000
     aux_k: int = 256
     aux_coefficient: float = 1 / 32

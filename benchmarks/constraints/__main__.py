@@ -36,7 +36,7 @@ BARS = {
 }
 AT_LEAST = {"asft_dense_over_ours", "asft_dense_over_ours_4096"}
 #: The rank to which CWAC's subspace is cut in the rows with a bar; `_energy99` rows cut nothing.
-CWAC_RANK = 64
+CWAC_RANK = 32
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def repeats(self) -> int:
-        return 3 if self.quick else 9
+        return 3 if self.quick else 5
 
     def build(self, *configs: AsftConfig | CwacConfig) -> list[Constraint]:
         return [config.build(self.files) for config in configs]

@@ -169,7 +169,7 @@ def verify(
             }
         )
     else:
-        table = Table("part", "", title=f"safety profile of {profile.base_weights[:12]}")
+        table = Table("part", "state", title=f"safety profile of {profile.base_weights[:12]}")
         for name, problem in found.items():
             table.add_row(name, f"[red]{escape(problem)}[/]" if problem else "[green]good[/]")
         out.print(table)

@@ -152,14 +152,15 @@ def _plot(curve: list[CurvePoint], reached: Reconstruction, ranking: Ranking, pa
     """The training curve, where there is one, and the scores of the latents taken."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    thousands = [point.trained / 1000 for point in curve]
-    left.plot(thousands, [point.batch for point in curve], label="training batch")
-    left.plot(thousands, [point.held_out for point in curve], label="held out")
-    left.axhline(reached.variance_explained, color="0.6", linestyle=":", label="all held out, end")
-    left.set(xlabel="thousand activations", ylabel="variance explained")
-    left.legend(frameon=False)
+    figure = Figure(figsize=(9 if curve else 4.5, 3.2), layout="constrained")
+    *before, right = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
+    for left in before:
+        thousands = [point.trained / 1000 for point in curve]
+        left.plot(thousands, [point.batch for point in curve], label="training batch")
+        left.plot(thousands, [point.held_out for point in curve], label="held-out sample")
+        left.axhline(reached.variance_explained, color="0.6", linestyle=":", label="held out, end")
+        left.set(xlabel="thousand activations drawn", ylabel="variance explained")
+        left.legend(frameon=False)
     right.plot(range(1, len(ranking.scores) + 1), ranking.scores.tolist(), ".")
     right.set(xlabel="rank", ylabel="score: harmful over benign", ylim=(0, None))
     figure.savefig(path, metadata={"Date": None})

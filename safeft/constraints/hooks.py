@@ -256,7 +256,9 @@ class ConstraintHooks:
             elif name in self._anchored_layers and seen == 1:
                 gradient = self._with_anchors(name, gradient)
             if projected:
-                U = self._gradient_bases[name].to(gradient.device)
+                U = self._gradient_bases[name]
+                if U.device != gradient.device:  # follow the model, once
+                    U = self._gradient_bases[name] = U.to(gradient.device)
                 gradient = project_rows(gradient, U)
             return gradient
 
