@@ -18,6 +18,16 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - started
 
 
+def block(work: Work, calls: int) -> Work:
+    """Several calls in a row as one."""
+
+    def run() -> None:
+        for _ in range(calls):
+            work()
+
+    return run
+
+
 def interleaved(
     first: Work, second: Work, repeats: int, label: str, progress: Progress
 ) -> list[tuple[float, float]]:

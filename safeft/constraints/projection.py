@@ -49,11 +49,11 @@ class UpdateProjection:
         bases = [self._basis(update) for update in updates]
         products = right_products(updates, bases, group)
         for update, U, product in zip(updates, bases, products, strict=True):
-            delta, shard = update.delta.addmm_(product, U.mT, alpha=-1), update.shard
-            if shard.name in origins:
-                origins[shard.name].write(shard, delta)
-            elif delta.data_ptr() != shard.values.data_ptr():  # whole rows were projected in place
-                shard.values.copy_(shard.from_rows(delta))
+            values = update.shard.values
+            if update.shard.has_whole_rows:  # one pass over the weights, in place
+                values.view(-1, update.shard.cols).addmm_(product, U.mT, alpha=-1)
+            else:
+                values.sub_(update.shard.from_rows(product @ U.mT))
 
     def drift(
         self,

@@ -60,6 +60,11 @@ class MatrixShard:
         return slice(self.first_row, (self.start + self.values.numel() - 1) // self.cols + 1)
 
     @property
+    def has_whole_rows(self) -> bool:
+        """Whether the slice begins and ends with a row."""
+        return self.start % self.cols == 0 and self.values.numel() % self.cols == 0
+
+    @property
     def split_rows(self) -> list[int]:
         """Rows that some boundary cuts: no rank holds them whole. The same on every rank."""
         inside = {b // self.cols for b in self.boundaries if b % self.cols}
@@ -70,9 +75,9 @@ class MatrixShard:
 
         A view where the slice consists of whole rows.
         """
-        before = self.start % self.cols if flat.numel() else 0
-        after = -(before + flat.numel()) % self.cols
-        if before or after:
+        if flat.numel() and not self.has_whole_rows:
+            before = self.start % self.cols
+            after = -(before + flat.numel()) % self.cols
             flat = torch.nn.functional.pad(flat, (before, after))
         return flat.view(-1, self.cols)
 
@@ -106,10 +111,6 @@ class Origin:
     def update_of(self, shard: MatrixShard) -> Tensor:
         """``ΔW`` of the slice: ``(m, cols)`` fp32."""
         return shard.as_rows(shard.values - self.values)
-
-    def write(self, shard: MatrixShard, delta: Tensor) -> None:
-        """Set the slice to ``W0 + ΔW``."""
-        torch.add(self.values, shard.from_rows(delta), out=shard.values)
 
 
 def right_products(
