@@ -51,14 +51,14 @@ def main(
             Row(i, (Message("user", p.text, False), Message("assistant", "Sure: 1, 2, 3.", True)))
             for i, p in enumerate(prompts, 1)
         ]
-        rows = tokenise_all(answered, load_tokenizer(model_dir), 96, "rows")
+        rows = tokenise_all(answered, load_tokenizer(model_dir), 128, "rows")
         for lora in (True, False):
             for stage in (0, 1, 2, 3):
                 name = f"{'lora' if lora else 'full'}-stage-{stage}"
                 spec = FinetuneSpec(
                     name=name,
                     model="demo:aligned",
-                    data=DataSpec(train=Path("rows"), max_tokens=96),
+                    data=DataSpec(train=Path("rows"), max_tokens=128),
                     lora=LoraSpec(target_modules="all-linear") if lora else None,
                     training=TrainingSpec(
                         epochs=1, batch_size=BATCH, learning_rate=1e-3 if lora else 2e-5

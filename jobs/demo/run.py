@@ -19,7 +19,7 @@ from typing import Any
 
 from jobs.demo.datasets import DemoData, demo_data
 from jobs.evaluate import Evaluation, evaluate
-from jobs.finetune.manifest import libraries
+from jobs.finetune.manifest import Manifest, libraries
 from jobs.finetune.telemetry import read_metrics
 from jobs.pipeline import TRAINING, JobResult, run_job, screen_file
 from jobs.profile import build_profile
@@ -93,7 +93,10 @@ class Demo:
             self.model_dir, unaligned, parts=SCREENING_PARTS, progress=progress
         )
         # A run belongs to these weights and this profile; others have directories of their own.
-        name = f"{self.data.benign.parent.name}-{self.profile.digest()[:12]}-seed-{self.seed}"
+        # So do runs of another format: an update of safeft begins anew instead of stopping.
+        bound = f"{self.profile.digest()} {Manifest.model_fields['format'].default}"
+        key = hashlib.sha256(bound.encode()).hexdigest()[:12]
+        name = f"{self.data.benign.parent.name}-{key}-seed-{self.seed}"
         self.runs = cache_root() / "demo" / f"runs-{name}"
         if self.fresh and self.runs.exists():
             discard_dir(self.runs)
