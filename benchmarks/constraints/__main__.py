@@ -60,7 +60,7 @@ class Run:
 
     @property
     def repeats(self) -> int:
-        return 3 if self.quick else 5
+        return 3 if self.quick else 7
 
     def build(self, *configs: AsftConfig | CwacConfig) -> list[Constraint]:
         return [config.build(self.files) for config in configs]

@@ -45,6 +45,16 @@ class UpdateProjection:
             origins: W0 of layers that are trained whole; a layer without one (LoRA's A) is its own
                 update.
         """
+        covered = [shard for shard in shards if shard.name in self._bases]
+        for shard in covered:
+            if not shard.split_rows:  # nobody else is needed: one layer in memory at a time
+                self._apply([shard], origins, group)
+        if split := [shard for shard in covered if shard.split_rows]:
+            self._apply(split, origins, group)
+
+    def _apply(
+        self, shards: Sequence[MatrixShard], origins: Mapping[str, Origin], group: RankGroup
+    ) -> None:
         updates = self._updates(shards, origins)
         bases = [self._basis(update) for update in updates]
         products = right_products(updates, bases, group)
