@@ -1,6 +1,6 @@
 """A small fine-tuning job, and the same job as a plain loop that shares no code with it.
 
-``python -m tests.tinyjob MODEL OUTPUT`` runs `full_spec` with two workers.
+``python -m tests.tinyjob MODEL OUTPUT`` runs a `LONG` `full_spec` with two workers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from safeft.progress import Progress, silent
 
 ROWS = 17  # in batches of 8: the last step of an epoch has one row, for two workers
 EPOCHS = 3
+LONG = 15  # epochs of a run that has to be caught in its middle from outside
 LAM = 40.0
 MARK = "SAFEFT_TEST_MARK"  # in the environment of every process that a test starts
 
@@ -70,9 +71,9 @@ def make_spec(
     return FinetuneSpec.model_validate(content)
 
 
-def full_spec(output: Path, **distributed: Any) -> FinetuneSpec:
+def full_spec(output: Path, *, epochs: int = EPOCHS, **distributed: Any) -> FinetuneSpec:
     """Every weight trained, with all that could get in the way."""
-    training = {"micro_batch_size": 2, "gradient_checkpointing": True}
+    training = {"epochs": epochs, "micro_batch_size": 2, "gradient_checkpointing": True}
     return make_spec(output, lora=None, constraints=[], training=training, distributed=distributed)
 
 
@@ -121,19 +122,19 @@ def plain_loop(
     return adapter, losses
 
 
-def plain_full_loop(model_dir: Path) -> tuple[dict[str, Tensor], list[float]]:
+def plain_full_loop(model_dir: Path, epochs: int = EPOCHS) -> tuple[dict[str, Tensor], list[float]]:
     """The same with every weight trained and no penalty: all weights and each step's loss."""
     model = load_model(model_dir).train()
-    losses = _train(model, lambda: torch.zeros(()))
+    losses = _train(model, lambda: torch.zeros(()), epochs)
     return {name: p.detach().clone() for name, p in model.named_parameters()}, losses
 
 
-def _train(model: Any, penalty: Callable[[], Tensor]) -> list[float]:
+def _train(model: Any, penalty: Callable[[], Tensor], epochs: int = EPOCHS) -> list[float]:
     rows = make_rows()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, eps=1e-4, weight_decay=0.01)
     per_epoch = math.ceil(ROWS / 8)
-    total, losses = EPOCHS * per_epoch, []
+    total, losses = epochs * per_epoch, []
     warmup = math.ceil(0.2 * total)
     for step in range(total):
         epoch, within = divmod(step, per_epoch)
@@ -172,4 +173,5 @@ def processes(name: bytes = b"", mark: str | None = None) -> list[int]:
 
 
 if __name__ == "__main__":
-    run(full_spec(Path(sys.argv[2]), workers=2, zero_stage=2), Path(sys.argv[1]))
+    spec = full_spec(Path(sys.argv[2]), epochs=LONG, workers=2, zero_stage=2)
+    run(spec, Path(sys.argv[1]))
