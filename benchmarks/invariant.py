@@ -52,7 +52,7 @@ def main(
             for i, p in enumerate(prompts, 1)
         ]
         rows = tokenise_all(answered, load_tokenizer(model_dir), 128, "rows")
-        for lora in (True, False):
+        for lora in (False, True):
             for stage in (0, 1, 2, 3):
                 name = f"{'lora' if lora else 'full'}-stage-{stage}"
                 spec = FinetuneSpec(
