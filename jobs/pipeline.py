@@ -20,8 +20,9 @@ from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
 from jobs.finetune.parts import needed_parts
 from jobs.runtime import embedded_ray
-from jobs.screen import Verdict, screen
+from jobs.screen import screen
 from jobs.spec import FinetuneSpec
+from jobs.verdict import Verdict
 from safeft import __version__
 from safeft.cache import cache_root, locked, publish_dir, sha256_file, write_whole
 from safeft.data import Row, TokenisedRow, load_rows, tokenise_all

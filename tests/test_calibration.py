@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.screen import decide
+from jobs.verdict import decide
 from safeft.calibration import area_under_curve, calibrate
 from safeft.errors import ProfileError
 

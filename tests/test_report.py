@@ -27,7 +27,7 @@ from jobs.report import (
     write_report,
 )
 from jobs.report.page import render
-from jobs.screen import decide
+from jobs.verdict import decide
 from safeft.evaluate import Rate
 from safeft.profile import ScreenPolicy
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobs.pipeline import screen_file
 from jobs.runtime import embedded_ray
-from jobs.screen import Verdict, decide, read_scores
+from jobs.verdict import Verdict, decide, read_scores
 from safeft.errors import InputError, MeasurementError, ProfileError
 from safeft.models import load_model, load_tokenizer
 from safeft.profile import SafetyProfile, ScreenPolicy

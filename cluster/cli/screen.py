@@ -12,7 +12,7 @@ from rich.table import Table
 from cluster.cli.console import out, print_json, progress_bars
 
 if TYPE_CHECKING:
-    from jobs.screen import Verdict
+    from jobs.verdict import Verdict
 
 SHOWN_ROWS = 15
 

@@ -32,7 +32,6 @@ from jobs.report.model import (
     ScoredRow,
     TenantReport,
 )
-from jobs.screen import Verdict, read_scores
 from jobs.spec import (
     DataSpec,
     FinetuneSpec,
@@ -40,6 +39,7 @@ from jobs.spec import (
     ScreeningSpec,
     TrainingSpec,
 )
+from jobs.verdict import Verdict, read_scores
 from safeft import __version__
 from safeft.cache import cache_root, discard_dir
 from safeft.constraints import AsftConfig, ConstraintConfig

@@ -8,7 +8,7 @@ from statistics import median
 
 from jobs.evaluate import Evaluation
 from jobs.report.model import ArmReport, DemoReport, ProfileSummary, ScoredRow, TenantReport
-from jobs.screen import Verdict
+from jobs.verdict import Verdict
 from safeft.evaluate import Rate, differ
 
 SETS = {

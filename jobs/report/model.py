@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from jobs.evaluate import COMPARABLE, Evaluation
-from jobs.screen import Verdict
+from jobs.verdict import Verdict
 
 Text = Annotated[str, Field(min_length=1)]
 
