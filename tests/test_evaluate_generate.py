@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from safeft.data import encode_prompt
 from safeft.errors import MeasurementError
@@ -56,6 +61,36 @@ def test_answers_equal_plain_greedy_decoding_without_a_cache() -> None:
                 break
             new.append(token)
         assert answer == TOKENIZER.decode(new, skip_special_tokens=True)
+
+
+def test_what_all_prompts_begin_with_goes_through_the_model_once() -> None:
+    model = lively_model()
+    seen: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts = ["why is it so?", "who is it then?", "what is it?"]
+    lengths = [len(encode_prompt(prompt, TOKENIZER)) for prompt in prompts]
+    answers(model, prompts, max_new_tokens=1)
+    assert sum(seen) < max(lengths) * len(prompts)
+    assert seen[0] + seen[1] // len(prompts) == max(lengths)
+
+
+def test_a_model_with_a_window_of_attention_answers_a_batch_as_one_by_one() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        sliding_window=16,
+        initializer_range=0.6,
+    )
+    model = MistralForCausalLM(config).eval()
+    assert answers(model) == [answers(model, [prompt])[0] for prompt in PROMPTS]
 
 
 def test_answers_equal_those_of_transformers() -> None:

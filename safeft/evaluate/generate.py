@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from safeft.data import encode_prompt
 from safeft.errors import MeasurementError
@@ -77,16 +78,19 @@ def _answer_batch(
     generation config (repetition penalty, forced tokens, lengths), which is no longer greedy.
     """
     device, width = model.device, max(map(len, batch))
+    # What every prompt begins with (the template's system message) goes through the model once.
+    shared = _shared_prefix(model, batch)
     padding = [width - len(ids) for ids in batch]
-    tokens = torch.tensor([[pad] * n + ids for n, ids in zip(padding, batch, strict=True)])
-    tokens = tokens.to(device)  # (B, T), later (B, 1)
-    # One column longer each step; padding on the left never becomes visible.
-    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    tokens = torch.tensor([[pad] * n + ids[shared:] for n, ids in zip(padding, batch, strict=True)])
+    tokens = tokens.to(device)  # (B, T - shared), later (B, 1)
+    # One column longer each step; padding, between the prefix and the rest, never becomes visible.
+    mask = torch.tensor([[1] * shared + [0] * n + [1] * (width - n - shared) for n in padding])
+    mask = mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     end_ids = torch.tensor(ends, device=device)
     ended = torch.zeros(len(batch), dtype=torch.bool, device=device)
     replies: list[Tensor] = []
-    cache = None
+    cache = _prefix_cache(model, batch, shared) if shared else None
     for _ in range(max_new_tokens):
         out = model(
             input_ids=tokens,
@@ -106,6 +110,35 @@ def _answer_batch(
         mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [[t for t in row if t >= 0] for row in torch.stack(replies, dim=1).tolist()]
+
+
+def _shared_prefix(model: Any, batch: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one; 0: not worth sharing.
+
+    Padding inside the row would count as distance in a window of attention, and as input in a
+    recurrent layer, so only a model whose every layer attends to everything shares.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = kinds != {"full_attention"} or getattr(config, "sliding_window", None)
+    if len(batch) == 1 or windowed or getattr(model, "_is_stateful", False):
+        return 0
+    first, last = min(batch), max(batch)
+    pairs = enumerate(zip(first, last, strict=False))
+    differ = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+    return min(differ, min(map(len, batch)) - 1)
+
+
+def _prefix_cache(model: Any, batch: list[list[int]], shared: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(
+        input_ids=torch.tensor([batch[0][:shared]], device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(len(batch))
+    return cache
 
 
 def _highest(logits: Tensor) -> Tensor:
