@@ -81,16 +81,6 @@ def read_row(tokenizer: Any, refusal: OwnRefusal) -> ReadRow:
     return ReadRow(row.input_ids, template_start(tokenizer, refusal.prompt), answer)
 
 
-def token_batches(rows: Sequence[ReadRow], budget: int) -> list[list[int]]:
-    """Indices of rows of similar length: at most ``budget`` padded tokens a batch, or one row."""
-    batches: list[list[int]] = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(rows[i].input_ids) > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
 def input_sites(model: Any, input_ids: Sequence[int]) -> list[InputSite]:
     """The inputs of all ``nn.Linear`` in the decoder's layers, in the order they are read.
 

@@ -1,8 +1,8 @@
-"""Rows of different lengths into one rectangular batch."""
+"""Rows of different lengths into rectangular batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,3 +29,21 @@ def collate(rows: Sequence[TokenisedRow], pad_token_id: int) -> dict[str, torch.
         batch["labels"][i, :length] = torch.tensor(row.labels)
         batch["attention_mask"][i, :length] = 1
     return batch
+
+
+def token_batches(
+    lengths: Sequence[int], budget: int, among: Iterable[int] | None = None
+) -> list[list[int]]:
+    """Indices of rows of similar length: at most ``budget`` padded tokens a batch, or one row.
+
+    Args:
+        lengths: tokens of each row.
+        among: indices of the rows to take; None: all. Rows of one length keep this order.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)) if among is None else among, key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
