@@ -15,13 +15,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from safeft.adapters import require_plain_head
 from safeft.data import TokenisedRow, collate
 from safeft.errors import TrainingError
 from safeft.progress import Progress, silent
+from safeft.weights import decoder_linears
 
 T = TypeVar("T")
 BUCKET_BATCHES = 8  # batches that are sorted by length together: little padding, still well mixed
@@ -59,18 +60,17 @@ class FitConfig:
 
 
 def new_adapter(model: Any, config: FitConfig, first_layer: int = 0) -> Any:
-    """Wrap a base model with a fresh LoRA on all linear layers but the head; seeded.
+    """Wrap a base model with a fresh LoRA on all linear layers of the decoder; seeded.
 
     ``first_layer``: decoder layers before it get no adapter, and no backward pass.
     """
     require_plain_head(model)
     torch.manual_seed(config.seed)
-    head = model.get_output_embeddings()
-    layers = list(model.get_decoder().layers)[first_layer:]
-    wanted = {id(m) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
-    names = [n for n, m in model.named_modules() if id(m) in wanted and m is not head]
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=names, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(decoder_linears(model, first_layer)),
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
 

@@ -26,7 +26,7 @@ from safeft.constraints import (
 from safeft.constraints.alignment import AlignmentDirection
 from safeft.errors import ModelError, ProfileError
 from safeft.lora import lora_pairs
-from safeft.weights import FullWeight, TrainedLayers, full_weights
+from safeft.weights import FullWeight, TrainedLayers, decoder_linears, full_weights
 from tests.test_constraints import dense_C, dense_penalty, direction_of
 from tests.tiny import tiny_model
 
@@ -382,3 +382,5 @@ def test_full_weights_are_the_decoders_linear_layers() -> None:
     assert len(layers) == 14 and "lm_head" not in layers
     first = layers["model.layers.0.mlp.down_proj"]
     assert isinstance(first, FullWeight) and (first.d_out, first.d_in) == (32, 64)
+    second = decoder_linears(tiny_model(), first_layer=1)
+    assert list(second) == [name for name in layers if name.startswith("model.layers.1.")]
