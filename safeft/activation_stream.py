@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from safeft.data import token_batches
+from safeft.data import pad_right, token_batches
 from safeft.errors import ProfileError
 from safeft.stopped_forward import residual_after
 
@@ -109,9 +109,7 @@ def _residuals(model: Any, layer: int, rows: list[Tokens]) -> tuple[Tensor, int]
     """(B, T - shared, d), right-padded, and how many tokens the rows share at their beginning."""
     device = next(model.parameters()).device
     shared = min(_shared(min(rows), max(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
-    ids = torch.zeros(len(rows), max(map(len, rows)) - shared, dtype=torch.int64)
-    for b, row in enumerate(rows):
-        ids[b, : len(row) - shared] = torch.tensor(row[shared:])
+    ids = pad_right([row[shared:] for row in rows], 0)
     if not shared:
         return residual_after(model, layer, ids.to(device)), 0
     cache = DynamicCache()

@@ -44,6 +44,12 @@ def test_an_empty_batch_is_a_mistake() -> None:
         collate([], 0)
 
 
+@pytest.mark.parametrize("labels", [[5], [5, 6, 7]])
+def test_a_row_without_one_label_for_each_token_is_a_mistake(labels: list[int]) -> None:
+    with pytest.raises(ValueError, match="line 3"):
+        collate([TokenisedRow(3, [5, 6], labels)], 0)
+
+
 @given(st.lists(st.integers(1, 40), max_size=20), st.integers(1, 100), st.randoms())
 def test_token_batches_hold_every_chosen_row_once_within_the_budget(
     lengths: list[int], budget: int, draw: random.Random
