@@ -375,6 +375,10 @@ def test_safelora_needs_an_adapter_and_every_direction() -> None:
     with pytest.raises(ProfileError, match=r"q_proj.*profile build"):
         directions: dict[str, AlignmentDirection] = {}
         ConstraintHooks([SafeLora(SafeLoraConfig(), directions)], lora_pairs(lora_model("q_proj")))
+    pairs = lora_pairs(lora_model("q_proj"))
+    foreign = {name: direction_of(torch.randn(8, 8)) for name in pairs}
+    with pytest.raises(ProfileError, match=r"safelora: .*q_proj has 8 rows, but the module 32 out"):
+        ConstraintHooks([SafeLora(SafeLoraConfig(), foreign)], pairs)
 
 
 def test_full_weights_are_the_decoders_linear_layers() -> None:
