@@ -24,7 +24,7 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
             _adapter(model_dir, seed, directory)
     save_directions(
         alignment_direction(model_dir, unaligned_dir, lambda name: name.endswith("_proj")),
-        profile.root / "alignment" / "directions.safetensors",
+        profile.root / "alignment",
         aligned_hash=profile.base_weights,
     )
     policy = {"row_threshold": threshold, "max_risky_fraction": 0.03, "min_risky_rows": 2}

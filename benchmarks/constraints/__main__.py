@@ -86,8 +86,7 @@ def asft(run: Run) -> None:
 
 def asft_dense(run: Run) -> None:
     """The penalty with its backward pass, dense against factored."""
-    assert run.files.alignment is not None
-    saved = load_directions(run.files.alignment)
+    saved = load_directions(run.files.part("alignment", "asft"))
     names = [n for n in saved if n.endswith(("q_proj", "v_proj"))]
     directions = {name: saved[name] for name in names}
     d_in = directions[next(n for n in names if n.endswith("q_proj"))].U.shape[0]
@@ -201,7 +200,7 @@ def main(
         model_dir = resolve(model, progress)
         profile = SafetyProfile.for_weights(weights_hash(model_dir))
         files = ProfileFiles(
-            alignment=profile.path("alignment") / "directions.safetensors",
+            alignment=profile.path("alignment"),
             harmful_inputs=profile.path("harmful-inputs"),
             autoencoder=profile.path("autoencoder"),
         )

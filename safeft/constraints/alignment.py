@@ -24,6 +24,7 @@ from safeft.models.directory import weight_files
 from safeft.progress import Progress, silent
 from safeft.weights import FullWeight
 
+_FILE = "directions.safetensors"
 _FORMAT = "safeft.alignment_directions.1"
 _REBUILD = "rebuild it with `safeft profile build --part alignment`"
 #: Singular values below this share of the largest change V·Vᵀ by less than fp32 can hold.
@@ -100,9 +101,9 @@ def alignment_direction(
 
 
 def save_directions(
-    directions: Mapping[str, AlignmentDirection], path: Path, *, aligned_hash: str
+    directions: Mapping[str, AlignmentDirection], directory: Path, *, aligned_hash: str
 ) -> None:
-    """Write the directions to one safetensors file.
+    """Write the directions into an existing directory.
 
     Args:
         aligned_hash: the weights hash of the aligned model, to which the directions belong.
@@ -112,7 +113,8 @@ def save_directions(
         tensors[f"{name}.U"] = direction.U.contiguous()
         tensors[f"{name}.singular_values"] = direction.singular_values.contiguous()
     metadata = {"format": _FORMAT, "aligned_hash": aligned_hash}
-    save_file(tensors, path, metadata={**metadata, "modules": json.dumps(list(directions))})
+    metadata["modules"] = json.dumps(list(directions))
+    save_file(tensors, directory / _FILE, metadata=metadata)
 
 
 class SavedDirections(Mapping[str, AlignmentDirection]):
@@ -149,13 +151,13 @@ class SavedDirections(Mapping[str, AlignmentDirection]):
         return len(self._names)
 
 
-def load_directions(path: Path) -> SavedDirections:
+def load_directions(directory: Path) -> SavedDirections:
     """The directions that `save_directions` wrote, each read when it is asked for.
 
     Raises:
         ProfileError: the file is missing, broken or something else.
     """
-    return SavedDirections(path)
+    return SavedDirections(directory / _FILE)
 
 
 def layer_direction(
