@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.constraints import dense, sharded
 from benchmarks.constraints.memory import device_note, held_by
@@ -75,12 +76,15 @@ def asft(run: Run) -> None:
     pairs = interleaved(constrained, plain, run.repeats, "AsFT, LoRA steps", run.progress)
     step = sorted(b for _, b in pairs)[len(pairs) // 2]
     added = median_seconds(lambda: constrained.hooks.before_backward(1), 20)
+    with FlopCounterMode(display=False) as counter:
+        constrained.hooks.before_backward(1)
     low, high = spread(pairs)
     run.add(
         "asft_step",
         ratio(pairs),
         f"quartiles {low:.3f}-{high:.3f}; penalty and gradient by themselves {added * 1e3:.1f} ms, "
-        f"{added / step:.4f} of a plain step of {step:.2f} s",
+        f"{added / step:.4f} of a plain step of {step:.2f} s; "
+        f"floor {counter.get_total_flops() / plain.flop():.1e} (extra FLOP / step FLOP)",
     )
 
 
