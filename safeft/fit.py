@@ -20,7 +20,9 @@ from transformers import DynamicCache
 
 from safeft.adapters import require_plain_head
 from safeft.data import TokenisedRow, collate
+from safeft.data.tokenise import IGNORED
 from safeft.errors import TrainingError
+from safeft.label_logits import label_logits
 from safeft.progress import Progress, silent
 from safeft.weights import decoder_linears
 
@@ -87,18 +89,19 @@ def response_nll(model: Any, rows: Sequence[TokenisedRow], pad_token_id: int) ->
     ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)  # (B, T)
     shared = _shared_prefix(ids, labels)
     cache = DynamicCache(config=base.config)
-    decoder = base.get_decoder()
     if shared:
-        decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+        base.get_decoder()(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(rows))  # differentiable: gradients flow to the one prefix
-    hidden = decoder(
-        input_ids=ids[:, shared:], past_key_values=cache if shared else None, use_cache=bool(shared)
-    ).last_hidden_state  # (B, T - shared, D)
-    targets = labels[:, shared + 1 :]
-    wanted = targets != -100
-    logits = base.get_output_embeddings()(hidden[:, :-1][wanted]).float()  # (n, vocab)
-    nll = torch.zeros(targets.shape, device=device)
-    nll[wanted] = F.cross_entropy(logits, targets[wanted], reduction="none")
+    logits, targets = label_logits(
+        base,
+        ids[:, shared:],
+        labels[:, shared:],
+        past_key_values=cache if shared else None,
+        use_cache=bool(shared),
+    )
+    wanted = labels[:, shared + 1 :] != IGNORED  # (B, T - shared - 1)
+    nll = torch.zeros(wanted.shape, device=device)
+    nll[wanted] = F.cross_entropy(logits, targets, reduction="none")
     return nll.sum(1) / wanted.sum(1)
 
 
