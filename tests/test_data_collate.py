@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,9 +59,8 @@ def test_token_batches_hold_every_chosen_row_once_within_the_budget(
     batches = token_batches(lengths, budget, among)
     together = [i for batch in batches for i in batch]
     assert together == sorted(among, key=lambda i: lengths[i])  # one length: in the order given
-    for batch, following in zip(batches, [*batches[1:], []], strict=True):
-        assert len(batch) * lengths[batch[-1]] <= budget or len(batch) == 1
-        if following:  # no batch is cut before it is full
-            assert (len(batch) + 1) * lengths[following[0]] > budget
+    assert all(len(b) * lengths[b[-1]] <= budget or len(b) == 1 for b in batches)
+    for batch, following in pairwise(batches):  # no batch is cut before it is full
+        assert (len(batch) + 1) * lengths[following[0]] > budget
     everything = token_batches(lengths, budget)
     assert sorted(i for batch in everything for i in batch) == list(range(len(lengths)))
