@@ -108,7 +108,7 @@ def response_nll(model: Any, rows: Sequence[TokenisedRow], pad_token_id: int) ->
 def _shared_prefix(ids: Tensor, labels: Tensor) -> int:
     """Length of the prefix all rows share, ending before the position that predicts a label."""
     differs = (ids != ids[:1]).any(0)
-    trained = (labels != -100).any(0)
+    trained = (labels != IGNORED).any(0)
     first_difference = int(differs.int().argmax()) if differs.any() else ids.shape[1]
     return max(0, min(first_difference, int(trained.int().argmax()) - 1))
 
