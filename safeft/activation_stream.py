@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from safeft.data import pad_right, token_batches
 from safeft.errors import ProfileError
 from safeft.stopped_forward import residual_after
 
@@ -92,26 +93,15 @@ def stream_activations(
 def _batches(chosen: list[int], lengths: list[int], order: random.Random | None) -> list[list[int]]:
     """Row indices in batches of similar length, `FORWARD_TOKENS` padded tokens each."""
     if order is None:
-        return _filled(sorted(chosen, key=lambda i: lengths[i]), lengths)
+        return token_batches(lengths, FORWARD_TOKENS, among=chosen)
     order.shuffle(chosen)
     batches = []
     typical = max(1, sum(lengths) // max(1, len(lengths)))
     window = max(1, BUCKET_BATCHES * FORWARD_TOKENS // typical)
     for begin in range(0, len(chosen), window):
-        bucket = sorted(chosen[begin : begin + window], key=lambda i: lengths[i])
-        filled = _filled(bucket, lengths)
-        order.shuffle(filled)
-        batches += filled
-    return batches
-
-
-def _filled(ordered: list[int], lengths: list[int]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for i in ordered:
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= FORWARD_TOKENS:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+        bucket = token_batches(lengths, FORWARD_TOKENS, among=chosen[begin : begin + window])
+        order.shuffle(bucket)
+        batches += bucket
     return batches
 
 
@@ -119,9 +109,7 @@ def _residuals(model: Any, layer: int, rows: list[Tokens]) -> tuple[Tensor, int]
     """(B, T - shared, d), right-padded, and how many tokens the rows share at their beginning."""
     device = next(model.parameters()).device
     shared = min(_shared(min(rows), max(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
-    ids = torch.zeros(len(rows), max(map(len, rows)) - shared, dtype=torch.int64)
-    for b, row in enumerate(rows):
-        ids[b, : len(row) - shared] = torch.tensor(row[shared:])
+    ids = pad_right([row[shared:] for row in rows], 0)
     if not shared:
         return residual_after(model, layer, ids.to(device)), 0
     cache = DynamicCache()

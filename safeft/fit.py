@@ -15,13 +15,16 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from safeft.adapters import require_plain_head
 from safeft.data import TokenisedRow, collate
+from safeft.data.tokenise import IGNORED
 from safeft.errors import TrainingError
+from safeft.label_logits import label_logits
 from safeft.progress import Progress, silent
+from safeft.weights import decoder_linears
 
 T = TypeVar("T")
 BUCKET_BATCHES = 8  # batches that are sorted by length together: little padding, still well mixed
@@ -59,18 +62,17 @@ class FitConfig:
 
 
 def new_adapter(model: Any, config: FitConfig, first_layer: int = 0) -> Any:
-    """Wrap a base model with a fresh LoRA on all linear layers but the head; seeded.
+    """Wrap a base model with a fresh LoRA on all linear layers of the decoder; seeded.
 
     ``first_layer``: decoder layers before it get no adapter, and no backward pass.
     """
     require_plain_head(model)
     torch.manual_seed(config.seed)
-    head = model.get_output_embeddings()
-    layers = list(model.get_decoder().layers)[first_layer:]
-    wanted = {id(m) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
-    names = [n for n, m in model.named_modules() if id(m) in wanted and m is not head]
     lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=names, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(decoder_linears(model, first_layer)),
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
 
@@ -87,25 +89,26 @@ def response_nll(model: Any, rows: Sequence[TokenisedRow], pad_token_id: int) ->
     ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)  # (B, T)
     shared = _shared_prefix(ids, labels)
     cache = DynamicCache(config=base.config)
-    decoder = base.get_decoder()
     if shared:
-        decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+        base.get_decoder()(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(rows))  # differentiable: gradients flow to the one prefix
-    hidden = decoder(
-        input_ids=ids[:, shared:], past_key_values=cache if shared else None, use_cache=bool(shared)
-    ).last_hidden_state  # (B, T - shared, D)
-    targets = labels[:, shared + 1 :]
-    wanted = targets != -100
-    logits = base.get_output_embeddings()(hidden[:, :-1][wanted]).float()  # (n, vocab)
-    nll = torch.zeros(targets.shape, device=device)
-    nll[wanted] = F.cross_entropy(logits, targets[wanted], reduction="none")
+    logits, targets = label_logits(
+        base,
+        ids[:, shared:],
+        labels[:, shared:],
+        past_key_values=cache if shared else None,
+        use_cache=bool(shared),
+    )
+    wanted = labels[:, shared + 1 :] != IGNORED  # (B, T - shared - 1)
+    nll = torch.zeros(wanted.shape, device=device)
+    nll[wanted] = F.cross_entropy(logits, targets, reduction="none")
     return nll.sum(1) / wanted.sum(1)
 
 
 def _shared_prefix(ids: Tensor, labels: Tensor) -> int:
     """Length of the prefix all rows share, ending before the position that predicts a label."""
     differs = (ids != ids[:1]).any(0)
-    trained = (labels != -100).any(0)
+    trained = (labels != IGNORED).any(0)
     first_difference = int(differs.int().argmax()) if differs.any() else ids.shape[1]
     return max(0, min(first_difference, int(trained.int().argmax()) - 1))
 

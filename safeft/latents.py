@@ -19,7 +19,7 @@ from torch import Tensor
 from safeft.errors import ProfileError
 from safeft.progress import Progress, silent
 from safeft.sae import TopKAutoencoder, load_autoencoder, save_autoencoder
-from safeft.stopped_forward import residual_after
+from safeft.stopped_forward import last_positions_after
 
 _FORMAT = "safeft.activation_targets.1"
 _FILE = "targets.safetensors"
@@ -72,19 +72,14 @@ def last_residuals(
     """
     if short := [len(p) for p in prompts if len(p) < positions]:
         raise ProfileError(f"positions: {positions}, but a prompt has only {short[0]} tokens")
-    device = next(model.parameters()).device
     found: dict[int, Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for begin in range(0, len(order), _BATCH):
         progress("latents", begin, len(order))
         batch = order[begin : begin + _BATCH]
-        ids = torch.zeros(len(batch), len(prompts[batch[-1]]), dtype=torch.int64)
-        for row, i in enumerate(batch):  # right-padded: nothing looks there
-            ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
         with torch.no_grad():
-            h = residual_after(model, layer, ids.to(device)).float()  # (b, T, d)
-        for row, i in enumerate(batch):
-            found[i] = h[row, len(prompts[i]) - positions : len(prompts[i])]
+            h = last_positions_after(model, layer, [prompts[i] for i in batch], positions)
+        found.update(zip(batch, h.float(), strict=True))
     progress("latents", len(order), len(order))
     if not found:
         raise ProfileError("there is no prompt to compute latents on")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safeft.adapters import LoraFactors, linear_modules, require_plain_head
-from safeft.data import TokenisedRow, collate
+from safeft.data import TokenisedRow, collate, token_batches
 from safeft.errors import ProfileError
 
 
@@ -107,10 +107,12 @@ class SqsdScorer:
         scorable = [
             i for i, row in enumerate(rows) if any(label != -100 for label in row.labels[1:])
         ]
+        lengths = [len(row.input_ids) for row in rows]
+        batches = token_batches(lengths, self.tokens_per_batch, among=scorable)
         sums = torch.full((len(rows), 2), math.nan, dtype=torch.float64)
         for one in self._passes:
             with one.merged():
-                for batch in _batches(rows, scorable, self.tokens_per_batch):
+                for batch in batches:
                     cosines = self._cosine_sums([rows[i] for i in batch], one)
                     for column, values in cosines.items():
                         sums[batch, column] = values
@@ -273,18 +275,6 @@ class _TracedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         ctx.layer.collect(x, grads[0])
         return grads[0] @ weight, None, None, None
-
-
-def _batches(rows: Sequence[TokenisedRow], indices: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices grouped by length: a group has at most ``budget`` padded tokens, or is one row."""
-    group: list[int] = []
-    for i in sorted(indices, key=lambda i: len(rows[i].input_ids)):
-        if group and (len(group) + 1) * len(rows[i].input_ids) > budget:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
 
 
 def _same(one: LoraFactors, other: LoraFactors) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from safeft.data import pad_right
 from safeft.errors import ModelError
 
 
@@ -63,6 +66,24 @@ def residual_after(
         setattr(decoder, name, layers)
         hook.remove()
     return captured[-1]
+
+
+def last_positions_after(
+    model: Any, layer: int, prompts: Sequence[Sequence[int]], positions: int
+) -> Tensor:
+    """`residual_after` a layer at each prompt's last positions.
+
+    Args:
+        prompts: token ids of B prompts, each of at least ``positions`` tokens.
+
+    Returns:
+        (B, positions, d) in the model's dtype, differentiable.
+    """
+    device = next(model.parameters()).device
+    hidden = residual_after(model, layer, pad_right(prompts, 0).to(device))  # (B, T, d)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    last = lengths[:, None] - positions + torch.arange(positions)  # (B, positions)
+    return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[2]).to(device))
 
 
 def decoder_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:

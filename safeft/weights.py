@@ -33,6 +33,20 @@ TrainedLayers = Mapping[str, LoraPair] | Mapping[str, FullWeight]
 Layers = Literal["all-linear"] | tuple[str, ...]
 
 
+def decoder_linears(model: Any, first_layer: int = 0) -> dict[str, nn.Linear]:
+    """The ``nn.Linear`` of a causal language model's decoder layers from ``first_layer`` on.
+
+    By their names in the model, in its order; neither the embeddings nor the output head.
+    """
+    layers = list(model.get_decoder().layers)[first_layer:]
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear)
+    }
+
+
 def full_weights(model: Any) -> dict[str, FullWeight]:
     """Every trainable ``nn.Linear`` of a causal language model's decoder layers, in its order.
 
@@ -42,12 +56,9 @@ def full_weights(model: Any) -> dict[str, FullWeight]:
     Raises:
         ModelError: there is none.
     """
-    decoder_layers = {id(m) for layer in model.get_decoder().layers for m in layer.modules()}
     weights: dict[str, FullWeight] = {}
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        if id(module) not in decoder_layers or not isinstance(module, nn.Linear):
-            continue
+    for name, module in decoder_linears(model).items():
         if not module.weight.requires_grad or id(module.weight) in seen:
             continue
         seen.add(id(module.weight))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from safeft.models import weights_hash
+from safeft.models import load_tokenizer, weights_hash
 from tests.tiny import save_tiny
-from tests.tinyprofile import write_profile
+from tests.tinyprofile import write_profile, write_refusals
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
@@ -161,23 +161,32 @@ def test_a_tuned_model_without_a_baseline_worth_keeping_fails_the_gate_with_4(
     assert result["manifest"]["file_sha256"] == result["verdict"]["data_sha256"]
 
 
-def test_a_job_whose_baseline_refuses_is_published_when_the_gate_passes(
+def test_a_job_trains_on_its_data_and_refusals_and_is_published_when_the_gate_passes(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights refuse nothing; the floor under the baseline is another test's concern.
     import jobs.pipeline
-    from jobs.pipeline import run_job
+    from jobs.finetune.batches import RowTable, rows_to_table
+    from jobs.pipeline import read_dataset, run_job
     from jobs.spec import load_spec
+    from safeft.own_refusals import refusal_row
 
     monkeypatch.setattr(jobs.pipeline, "MIN_BASELINE", 0.0)
-    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    refusals = write_refusals(profile, 3)
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(CHAT)] * 8))
     spec = tmp_path / "job.yaml"
     spec.write_text(
-        f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"
+        f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl, safety_rows: 2}}\noutput: out\n"
         "training: {epochs: 1}\nlora: null\n"
     )
     result = run_job(load_spec(spec))
+    dataset = read_dataset(tmp_path / "rows.jsonl", tiny_dir, max_tokens=512)
+    tokenizer = load_tokenizer(tiny_dir)
+    trained = [*dataset.tokenised, *(refusal_row(tokenizer, r) for r in refusals[:2])]
+    assert result.manifest.rows == 10
+    assert result.manifest.identity.rows_sha256 == RowTable(rows_to_table(trained)).sha256()
+    assert result.verdict.rows_sha256 == dataset.rows_sha256  # what is added is not the tenant's
     published = tmp_path / "out" / "model"
     assert result.published == str(published)
     assert result.after.bound["adapter"] == weights_hash(published)

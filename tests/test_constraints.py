@@ -18,6 +18,7 @@ from safeft.constraints import Asft, AsftConfig, Constraint, ConstraintHooks, L2
 from safeft.constraints.alignment import AlignmentDirection
 from safeft.errors import ProfileError, TrainingError
 from safeft.lora import LoraPair, lora_pairs
+from safeft.weights import TrainedLayers, full_weights
 from tests.tiny import tiny_model
 
 
@@ -306,6 +307,21 @@ def test_a_factor_that_gets_no_gradient_stops_the_run() -> None:
     hooks.before_backward(1)
     next(iter(lora_pairs(model).values())).A.sum().backward()
     with pytest.raises(TrainingError, match="penalty was not applied"):
+        hooks.after_step()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_gradient_that_misses_a_micro_batch_stops_the_run(whole: bool) -> None:
+    model = tiny_model() if whole else tiny_lora()
+    layers: TrainedLayers = full_weights(model) if whole else lora_pairs(model)
+    hooks = ConstraintHooks([L2Config().build(ProfileFiles())], layers)
+    for arrived in (2, 1):
+        hooks.before_backward(2)
+        for _ in range(arrived):
+            model(input_ids=batch(0, 0), labels=batch(0, 0)).loss.backward()
+        if arrived == 2:
+            hooks.after_step()
+    with pytest.raises(TrainingError, match="arrived 1 times instead of 2"):
         hooks.after_step()
 
 

@@ -158,8 +158,8 @@ def test_a_layer_that_alignment_left_alone_is_held_by_plain_l2(tmp_path: Path) -
 def test_directions_survive_the_file(tmp_path: Path) -> None:
     aligned = write(tmp_path / "a", moved({Q: torch.randn(32, 32)}))
     found = alignment_direction(aligned, write(tmp_path / "u", weights()), [Q, V])
-    save_directions(found, tmp_path / "directions.safetensors", aligned_hash="ab" * 32)
-    loaded = load_directions(tmp_path / "directions.safetensors")
+    save_directions(found, tmp_path, aligned_hash="ab" * 32)
+    loaded = load_directions(tmp_path)
     assert loaded.aligned_hash == "ab" * 32
     assert list(loaded) == [Q, V]
     for name in found:
@@ -168,12 +168,15 @@ def test_directions_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_a_truncated_or_foreign_file_is_a_profile_error(tmp_path: Path) -> None:
-    file = tmp_path / "directions.safetensors"
-    with pytest.raises(ProfileError, match="profile build"):
-        load_directions(file)
+    part = tmp_path / "part"
+    part.mkdir()
+    with pytest.raises(ProfileError, match=r"part/directions\.safetensors: .*profile build"):
+        load_directions(part)
     aligned = write(tmp_path / "a", moved({Q: torch.ones(32, 32)}))
+    other = (aligned / "model.safetensors").read_bytes()
+    (part / "directions.safetensors").write_bytes(other)
     with pytest.raises(ProfileError, match="does not hold alignment directions"):
-        load_directions(aligned / "model.safetensors")
-    file.write_bytes((aligned / "model.safetensors").read_bytes()[:1000])
+        load_directions(part)
+    (part / "directions.safetensors").write_bytes(other[:1000])
     with pytest.raises(ProfileError, match="profile build"):
-        load_directions(file)
+        load_directions(part)

@@ -26,7 +26,7 @@ from safeft.constraints import (
 from safeft.constraints.alignment import AlignmentDirection
 from safeft.errors import ModelError, ProfileError
 from safeft.lora import lora_pairs
-from safeft.weights import FullWeight, TrainedLayers, full_weights
+from safeft.weights import FullWeight, TrainedLayers, decoder_linears, full_weights
 from tests.test_constraints import dense_C, dense_penalty, direction_of
 from tests.tiny import tiny_model
 
@@ -375,6 +375,10 @@ def test_safelora_needs_an_adapter_and_every_direction() -> None:
     with pytest.raises(ProfileError, match=r"q_proj.*profile build"):
         directions: dict[str, AlignmentDirection] = {}
         ConstraintHooks([SafeLora(SafeLoraConfig(), directions)], lora_pairs(lora_model("q_proj")))
+    pairs = lora_pairs(lora_model("q_proj"))
+    foreign = {name: direction_of(torch.randn(8, 8)) for name in pairs}
+    with pytest.raises(ProfileError, match=r"safelora: .*q_proj has 8 rows, but the module 32 out"):
+        ConstraintHooks([SafeLora(SafeLoraConfig(), foreign)], pairs)
 
 
 def test_full_weights_are_the_decoders_linear_layers() -> None:
@@ -382,3 +386,5 @@ def test_full_weights_are_the_decoders_linear_layers() -> None:
     assert len(layers) == 14 and "lm_head" not in layers
     first = layers["model.layers.0.mlp.down_proj"]
     assert isinstance(first, FullWeight) and (first.d_out, first.d_in) == (32, 64)
+    second = decoder_linears(tiny_model(), first_layer=1)
+    assert list(second) == [name for name in layers if name.startswith("model.layers.1.")]

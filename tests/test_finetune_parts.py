@@ -130,13 +130,13 @@ def test_directions_of_another_model_are_refused_before_anything_starts(
     tiny_dir: Path, tmp_path: Path
 ) -> None:
     directions = {"m": AlignmentDirection(torch.ones(2, 1), torch.ones(1))}
-    save_directions(directions, tmp_path / "d.safetensors", aligned_hash="0" * 64)
+    save_directions(directions, tmp_path, aligned_hash="0" * 64)
     with pytest.raises(ProfileError, match=r"made for the model with weights 000000000000"):
         finetune(
             make_spec(tmp_path / "out"),
             rows=make_rows(),
             model_dir=tiny_dir,
-            profile=ProfileFiles(alignment=tmp_path / "d.safetensors"),
+            profile=ProfileFiles(alignment=tmp_path),
             output=tmp_path / "out",
         )
 
@@ -225,12 +225,13 @@ def test_lora_and_full_training_are_different_runs(tiny_dir: Path, tmp_path: Pat
 
 def test_every_part_of_the_profile_binds_the_run(tiny_dir: Path, tmp_path: Path) -> None:
     table, spec = RowTable(rows_to_table(make_rows())), make_spec(tmp_path)
-    file = tmp_path / "d.safetensors"
+    part = tmp_path / "alignment"
+    part.mkdir()
 
     def run(value: float) -> Identity:
         directions = {"m": AlignmentDirection(torch.full((2, 1), value), torch.ones(1))}
-        save_directions(directions, file, aligned_hash=weights_hash(tiny_dir))
-        return identify(spec, table, tiny_dir, ProfileFiles(alignment=file))
+        save_directions(directions, part, aligned_hash=weights_hash(tiny_dir))
+        return identify(spec, table, tiny_dir, ProfileFiles(alignment=part))
 
     one, other = run(0.0), run(1.0)
     assert one.difference(other) == "the safety profile"
@@ -249,8 +250,8 @@ def test_a_job_is_given_only_the_parts_that_its_constraints_name(
     (profile.root / "alignment").mkdir(parents=True)
     profile.write_record(profile.root / "alignment", {})
     assert needed_parts(make_spec(tmp_path, constraints=[]), profile) == ProfileFiles()
-    directions = profile.root / "alignment" / "directions.safetensors"
-    assert needed_parts(make_spec(tmp_path), profile) == ProfileFiles(alignment=directions)
+    alone = ProfileFiles(alignment=profile.root / "alignment")
+    assert needed_parts(make_spec(tmp_path), profile) == alone
     cwac = make_spec(tmp_path, constraints=[{"kind": "cwac", "mode": "weight_only"}])
     with pytest.raises(ProfileError, match=r"lacks 'harmful-inputs'; run `safeft profile build"):
         needed_parts(cwac, profile)

@@ -111,6 +111,7 @@ def test_the_loss_is_that_of_all_logits_whatever_the_padding() -> None:
     assert torch.allclose(got, expected, rtol=1e-6)
     count = int((labels != -100).sum())
     assert seen == [(1, count, 259)]  # the other positions' logits were never made
+    assert model(input_ids=batch["input_ids"]).logits.shape == logits.shape  # as before
 
 
 def test_a_model_with_soft_capped_logits_keeps_its_cap() -> None:

@@ -68,9 +68,9 @@ def directions(
     found = alignment_direction(
         tiny_dir, unaligned_dir, lambda name: name.endswith(("q_proj", "v_proj"))
     )
-    file = tmp_path_factory.mktemp("profile") / "directions.safetensors"
-    save_directions(found, file, aligned_hash=weights_hash(tiny_dir))
-    return file
+    directory = tmp_path_factory.mktemp("profile")
+    save_directions(found, directory, aligned_hash=weights_hash(tiny_dir))
+    return directory
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from jobs.pipeline import _safety_rows, safety_gate
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
 from safeft.models import load_tokenizer, weights_hash
-from safeft.own_refusals import OwnRefusal, refusal_row, save_refusals
+from safeft.own_refusals import refusal_row
 from safeft.profile import SafetyProfile
 from tests.tiny import save_tiny
+from tests.tinyprofile import write_refusals
 
 BOUND: dict[str, Any] = {
     "base_weights": "w",
@@ -62,17 +63,13 @@ def test_measurements_by_different_judges_are_unknown_and_do_not_pass() -> None:
 
 
 def test_safety_rows_are_the_base_models_own_refusals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     model_dir = save_tiny(tmp_path / "model")
     profile = SafetyProfile(tmp_path / "profile", weights_hash(model_dir))
     with pytest.raises(ProfileError, match=r"safeft profile build .*--part refusals"):
         _safety_rows(1, profile, model_dir)
-    part = profile.root / "refusals"
-    part.mkdir(parents=True)
-    refusals = [OwnRefusal(f"prompt {n}", f"I can't do {n}.") for n in range(4)]
-    save_refusals(refusals, part)
-    profile.write_record(part, {})
+    refusals = write_refusals(profile, 4)
     tokenizer = load_tokenizer(model_dir)
     rows = _safety_rows(2, profile, model_dir)
     assert rows == [refusal_row(tokenizer, refusal) for refusal in refusals[:2]]

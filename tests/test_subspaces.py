@@ -24,7 +24,6 @@ from safeft.constraints.covariance import (
     ReadRow,
     input_sites,
     read_row,
-    token_batches,
 )
 from safeft.constraints.subspaces import (
     INDEX,
@@ -107,15 +106,6 @@ def test_the_positions_are_sums_of_classes_in_which_no_token_counts_twice() -> N
         "both": (111.0, 111),
     }
     assert set(CLASSES_AT) == set(POSITIONS)
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 100))
-def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    rows = [ReadRow([0] * n, 0, 0) for n in lengths]
-    batches = token_batches(rows, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
-    for batch in batches:
-        assert len(batch) * max(lengths[i] for i in batch) <= budget or len(batch) == 1
 
 
 # ---- covariances ----

@@ -23,12 +23,12 @@ def write_parts(model_dir: Path, unaligned_dir: Path, where: Path, k: int = 7) -
     """All three parts, of the model in ``model_dir``."""
     base = weights_hash(model_dir)
     model = load_model(model_dir)
-    files = ProfileFiles(where / "directions.safetensors", where / "inputs", where / "autoencoder")
-    for directory in (files.harmful_inputs, files.autoencoder):
+    files = ProfileFiles(where / "alignment", where / "inputs", where / "autoencoder")
+    for directory in (files.alignment, files.harmful_inputs, files.autoencoder):
         assert directory is not None
         directory.mkdir(parents=True)
     directions = alignment_direction(model_dir, unaligned_dir, lambda n: n.endswith("_proj"))
-    save_directions(directions, where / "directions.safetensors", aligned_hash=base)
+    save_directions(directions, where / "alignment", aligned_hash=base)
     torch.manual_seed(3)
     sites = []
     for number, (name, layer) in enumerate(full_weights(model).items()):

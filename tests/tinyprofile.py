@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from jobs.evaluate import evaluate
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.models import load_model, weights_hash
+from safeft.own_refusals import OwnRefusal, save_refusals
 from safeft.profile import SCREENING_PARTS, SafetyProfile
 
 
@@ -24,7 +25,7 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
             _adapter(model_dir, seed, directory)
     save_directions(
         alignment_direction(model_dir, unaligned_dir, lambda name: name.endswith("_proj")),
-        profile.root / "alignment" / "directions.safetensors",
+        profile.root / "alignment",
         aligned_hash=profile.base_weights,
     )
     policy = {"row_threshold": threshold, "max_risky_fraction": 0.03, "min_risky_rows": 2}
@@ -34,6 +35,16 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
     for part in SCREENING_PARTS:
         profile.write_record(profile.root / part, {})
     return profile
+
+
+def write_refusals(profile: SafetyProfile, count: int) -> list[OwnRefusal]:
+    """Write the part ``refusals``."""
+    part = profile.root / "refusals"
+    part.mkdir(parents=True)
+    refusals = [OwnRefusal(f"prompt {n}", f"I can't do {n}.") for n in range(count)]
+    save_refusals(refusals, part)
+    profile.write_record(part, {})
+    return refusals
 
 
 def _adapter(model_dir: Path, seed: int, directory: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.constraints import dense, sharded
 from benchmarks.constraints.memory import device_note, held_by
@@ -75,19 +76,21 @@ def asft(run: Run) -> None:
     pairs = interleaved(constrained, plain, run.repeats, "AsFT, LoRA steps", run.progress)
     step = sorted(b for _, b in pairs)[len(pairs) // 2]
     added = median_seconds(lambda: constrained.hooks.before_backward(1), 20)
+    with FlopCounterMode(display=False) as counter:
+        constrained.hooks.before_backward(1)
     low, high = spread(pairs)
     run.add(
         "asft_step",
         ratio(pairs),
         f"quartiles {low:.3f}-{high:.3f}; penalty and gradient by themselves {added * 1e3:.1f} ms, "
-        f"{added / step:.4f} of a plain step of {step:.2f} s",
+        f"{added / step:.4f} of a plain step of {step:.2f} s; "
+        f"floor {counter.get_total_flops() / plain.flop():.1e} (extra FLOP / step FLOP)",
     )
 
 
 def asft_dense(run: Run) -> None:
     """The penalty with its backward pass, dense against factored."""
-    assert run.files.alignment is not None
-    saved = load_directions(run.files.alignment)
+    saved = load_directions(run.files.part("alignment", "asft"))
     names = [n for n in saved if n.endswith(("q_proj", "v_proj"))]
     directions = {name: saved[name] for name in names}
     d_in = directions[next(n for n in names if n.endswith("q_proj"))].U.shape[0]
@@ -201,7 +204,7 @@ def main(
         model_dir = resolve(model, progress)
         profile = SafetyProfile.for_weights(weights_hash(model_dir))
         files = ProfileFiles(
-            alignment=profile.path("alignment") / "directions.safetensors",
+            alignment=profile.path("alignment"),
             harmful_inputs=profile.path("harmful-inputs"),
             autoencoder=profile.path("autoencoder"),
         )

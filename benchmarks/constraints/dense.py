@@ -53,8 +53,7 @@ class DenseAsft:
 
     @staticmethod
     def _c(direction: AlignmentDirection) -> Tensor:
-        squares = direction.singular_values.pow(2)
-        return (direction.U * (squares / squares.sum().sqrt())) @ direction.U.mT
+        return (direction.U * direction.eigenvalues().float()) @ direction.U.mT
 
 
 class FactoredAsft:

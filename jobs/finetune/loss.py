@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from safeft.data.tokenise import IGNORED
+from safeft.label_logits import label_logits
 
 ForwardLoss = Callable[[nn.Module, int], Tensor | None]  # of (model, step)
 
 
 class LabelLoss(nn.Module):
-    """A causal language model that returns its loss instead of its logits.
-
-    The output head of a small model with a large vocabulary costs as much as many layers, and only
-    positions that predict a label need it. A hook on the head drops the others from its input, so
-    whatever the model does with its logits afterwards (soft caps, scales) stays in force, and the
-    head is called by the model itself, where ZeRO-3 gathers its weight.
-    """
+    """A causal language model that returns its loss instead of its logits."""
 
     def __init__(self, model: nn.Module, forward_loss: ForwardLoss | None = None) -> None:
         """`forward_loss`: a further term, which needs a forward pass of its own."""
         super().__init__()
         self.model = model
         self._forward_loss = forward_loss
-        self._chosen: Tensor | None = None
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        head.register_forward_pre_hook(self._keep_chosen)
 
     def forward(
         self,
@@ -50,28 +41,14 @@ class LabelLoss(nn.Module):
             weight: of the sum of cross entropies in the first result.
             further: the 0-based step and the weight of the further term; None: leave it out.
         """
-        targets = labels[:, 1:]
-        wanted = targets != IGNORED
-        self._chosen = F.pad(wanted, (0, 1))  # the last position predicts nothing
-        try:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
-        finally:
-            self._chosen = None
-        count = int(wanted.sum())
-        if logits.shape[:2] != (1, count):
-            raise RuntimeError(f"the output head saw {tuple(logits.shape)}, not {count} positions")
-        task = F.cross_entropy(logits[0].float(), targets[wanted], reduction="sum")
+        logits, targets = label_logits(self.model, input_ids, labels, use_cache=False)
+        task = F.cross_entropy(logits, targets, reduction="sum")
         loss = task * weight
         if further is not None and self._forward_loss is not None:
             step, share = further
             term = self._forward_loss(self.model, step)
             loss = loss if term is None else loss + term * share
         return loss, task.detach()
-
-    def _keep_chosen(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._chosen is None:
-            return args
-        return (args[0][self._chosen][None], *args[1:])
 
 
 def loss_weight(*, workers: int, accumulation_steps: int, label_tokens: int) -> float:

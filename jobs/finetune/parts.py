@@ -8,13 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.spec import FinetuneSpec
-from safeft.cache import sha256_file
 from safeft.constraints import ProfileFiles
 from safeft.constraints.alignment import load_directions
 from safeft.errors import ProfileError
 from safeft.profile import SafetyProfile, hash_files
-
-DIRECTIONS = "directions.safetensors"
 
 
 def needed_parts(spec: FinetuneSpec, profile: SafetyProfile) -> ProfileFiles:
@@ -26,13 +23,7 @@ def needed_parts(spec: FinetuneSpec, profile: SafetyProfile) -> ProfileFiles:
     """
     names = sorted({part for constraint in spec.constraints for part in constraint.parts})
     profile.verify(names)
-    paths = {name: profile.path(name) for name in names}
-    alignment = paths.get("alignment")
-    return ProfileFiles(
-        alignment=alignment and alignment / DIRECTIONS,
-        harmful_inputs=paths.get("harmful-inputs"),
-        autoencoder=paths.get("autoencoder"),
-    )
+    return ProfileFiles(**{name.replace("-", "_"): profile.path(name) for name in names})
 
 
 def absolute(profile: ProfileFiles) -> ProfileFiles:
@@ -41,7 +32,7 @@ def absolute(profile: ProfileFiles) -> ProfileFiles:
 
 
 def part_hashes(profile: ProfileFiles) -> dict[str, str]:
-    """SHA-256 of each given part: of its file, or over the names and hashes of all its files."""
+    """SHA-256 of each given part, over the names and hashes of its files."""
     return {name: _sha256(path) for name, path in _given(profile)}
 
 
@@ -84,7 +75,5 @@ def _made_for(name: str, path: Path) -> str:
 
 
 def _sha256(path: Path) -> str:
-    if path.is_file():
-        return sha256_file(path)
     listed = json.dumps(hash_files(path), sort_keys=True)
     return hashlib.sha256(listed.encode()).hexdigest()

@@ -25,7 +25,6 @@ from safeft.constraints.covariance import (
     ReadRow,
     input_sites,
     read_row,
-    token_batches,
 )
 from safeft.constraints.subspaces import (
     POSITIONS,
@@ -34,6 +33,7 @@ from safeft.constraints.subspaces import (
     save_index,
     save_site,
 )
+from safeft.data import token_batches
 from safeft.errors import InputError, ProfileError, SafeftError
 from safeft.models import load_model, load_tokenizer
 from safeft.own_refusals import OwnRefusal
@@ -191,8 +191,9 @@ def _stream(
 
 def _blocks(rows: Sequence[ReadRow], workers: int) -> list[pa.Table]:
     """The rows' batches, dealt out to at most ``workers`` blocks of about as many tokens."""
-    batches = token_batches(rows, TOKENS_PER_BATCH)
-    sizes = [sum(len(rows[i].input_ids) for i in batch) for batch in batches]
+    lengths = [len(row.input_ids) for row in rows]
+    batches = token_batches(lengths, TOKENS_PER_BATCH)
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
     blocks: list[list[dict[str, Any]]] = [[] for _ in range(workers)]
     before = 0
     for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):

@@ -93,9 +93,7 @@ class SqsdParts:
         directions = alignment_direction(
             self.model_dir, self._unaligned(), _is_linear, self.progress
         )
-        save_directions(
-            directions, out / "directions.safetensors", aligned_hash=self.profile.base_weights
-        )
+        save_directions(directions, out, aligned_hash=self.profile.base_weights)
 
     def _safety_direction(self, out: Path) -> None:
         model = self._fresh(self.config.safety)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from safeft.constraints.base import ForwardTerm
 from safeft.errors import ProfileError, TrainingError
-from safeft.stopped_forward import residual_after
+from safeft.stopped_forward import last_positions_after
 
 if TYPE_CHECKING:
     from safeft.latents import ActivationTargets
@@ -80,21 +80,14 @@ class ActivationPenalty:
         """The chosen latents now and in the base model: ``(b, positions, m)`` fp32 each."""
         targets, positions = self._targets, self._targets.positions
         prompts = [targets.prompts[index] for index in chosen]
-        device = next(model.parameters()).device
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):  # padded on the right, where nothing looks
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        hidden = residual_after(model, self._autoencoder.layer, ids.to(device))  # (b, T, d)
-        last = lengths[:, None] - positions + torch.arange(positions)  # (b, positions)
-        h = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[2]).to(device))
+        h = last_positions_after(model, self._autoencoder.layer, prompts, positions)
         if self._autoencoder.W_enc.shape[1] != h.shape[2]:
             raise ProfileError(
                 f"constraint cwac: the autoencoder reads {self._autoencoder.W_enc.shape[1]} "
                 f"numbers, the model's residual stream has {h.shape[2]}: the profile belongs to "
                 "another model"
             )
-        if self._autoencoder.W_enc.device != device:  # follow the model, once
-            self._autoencoder = self._autoencoder.to(device, torch.float32)
-        z = self._autoencoder.encode_latents(h.float(), targets.latents.to(device))
-        return z, targets.baseline[chosen].to(device)
+        if self._autoencoder.W_enc.device != h.device:  # follow the model, once
+            self._autoencoder = self._autoencoder.to(h.device, torch.float32)
+        z = self._autoencoder.encode_latents(h.float(), targets.latents.to(h.device))
+        return z, targets.baseline[chosen].to(h.device)

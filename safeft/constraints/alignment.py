@@ -19,11 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safeft.errors import ModelError, ProfileError
+from safeft.lora import LoraPair
 from safeft.models.directory import weight_files
 from safeft.progress import Progress, silent
+from safeft.weights import FullWeight
 
+_FILE = "directions.safetensors"
 _FORMAT = "safeft.alignment_directions.1"
-_REBUILD = "rebuild it with `safeft profile build`"
+_REBUILD = "rebuild it with `safeft profile build --part alignment`"
 #: Singular values below this share of the largest change V·Vᵀ by less than fp32 can hold.
 _RELATIVE_CUT = 1e-6
 _SKETCH = 64  # columns: above the rank of most LoRAs
@@ -40,6 +43,12 @@ class AlignmentDirection:
 
     U: Tensor
     singular_values: Tensor
+
+    def eigenvalues(self) -> Tensor:
+        """(k,) fp64: those of the paper's ``C = V·Vᵀ / ‖V‖_F``, whose eigenvectors are U."""
+        squares = self.singular_values.double().pow(2)
+        # max: where V is 0 there is nothing to divide.
+        return squares / squares.sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def alignment_direction(
@@ -92,9 +101,9 @@ def alignment_direction(
 
 
 def save_directions(
-    directions: Mapping[str, AlignmentDirection], path: Path, *, aligned_hash: str
+    directions: Mapping[str, AlignmentDirection], directory: Path, *, aligned_hash: str
 ) -> None:
-    """Write the directions to one safetensors file.
+    """Write the directions into an existing directory.
 
     Args:
         aligned_hash: the weights hash of the aligned model, to which the directions belong.
@@ -104,7 +113,8 @@ def save_directions(
         tensors[f"{name}.U"] = direction.U.contiguous()
         tensors[f"{name}.singular_values"] = direction.singular_values.contiguous()
     metadata = {"format": _FORMAT, "aligned_hash": aligned_hash}
-    save_file(tensors, path, metadata={**metadata, "modules": json.dumps(list(directions))})
+    metadata["modules"] = json.dumps(list(directions))
+    save_file(tensors, directory / _FILE, metadata=metadata)
 
 
 class SavedDirections(Mapping[str, AlignmentDirection]):
@@ -141,13 +151,37 @@ class SavedDirections(Mapping[str, AlignmentDirection]):
         return len(self._names)
 
 
-def load_directions(path: Path) -> SavedDirections:
+def load_directions(directory: Path) -> SavedDirections:
     """The directions that `save_directions` wrote, each read when it is asked for.
 
     Raises:
         ProfileError: the file is missing, broken or something else.
     """
-    return SavedDirections(path)
+    return SavedDirections(directory / _FILE)
+
+
+def layer_direction(
+    layer: LoraPair | FullWeight, directions: Mapping[str, AlignmentDirection], constraint: str
+) -> AlignmentDirection:
+    """The direction of a trained layer, for the named constraint.
+
+    Raises:
+        ProfileError: there is none, or it is of a layer of another shape; the layer is named.
+    """
+    try:
+        direction = directions[layer.name]
+    except KeyError:
+        raise ProfileError(
+            f"constraint {constraint}: the profile holds no alignment direction of {layer.name}; "
+            f"{_REBUILD}, or leave the module out of what is constrained"
+        ) from None
+    if direction.U.shape[0] != layer.d_out:
+        raise ProfileError(
+            f"constraint {constraint}: the alignment direction of {layer.name} has "
+            f"{direction.U.shape[0]} rows, but the module {layer.d_out} outputs: the profile "
+            f"belongs to another model; {_REBUILD}"
+        )
+    return direction
 
 
 def _open_weights(directory: Path, stack: ExitStack) -> dict[str, Any]:

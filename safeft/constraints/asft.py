@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from safeft.constraints.alignment import AlignmentDirection, load_directions
+from safeft.constraints.alignment import AlignmentDirection, layer_direction, load_directions
 from safeft.constraints.base import (
     Anchor,
     Constraint,
@@ -28,11 +28,8 @@ from safeft.constraints.base import (
     groups_of_one_shape,
 )
 from safeft.constraints.l2 import check_strength, covered, squared_norms, update_norm
-from safeft.errors import ProfileError
 from safeft.lora import LoraPair
 from safeft.weights import FullWeight, Layers, TrainedLayers, chosen_layers
-
-_REBUILD = "rebuild it with `safeft profile build`"
 
 
 @dataclass(frozen=True)
@@ -148,25 +145,13 @@ class Asft(Constraint):
 
     def _anchor(self, pair: LoraPair | FullWeight) -> tuple[Tensor, Tensor]:
         """U and the eigenvalues of C of one module. Where V is 0, C is 0: plain ``‖ΔW‖²``."""
-        if pair.name not in self._directions:
-            raise ProfileError(
-                f"constraint asft: the profile holds no alignment direction of {pair.name}; "
-                f"{_REBUILD}, or leave the module out of the constraint's layers"
-            )
-        direction = self._directions[pair.name]
-        if direction.U.shape[0] != pair.d_out:
-            raise ProfileError(
-                f"constraint asft: the alignment direction of {pair.name} has "
-                f"{direction.U.shape[0]} rows, but the module {pair.d_out} outputs: the profile "
-                f"belongs to another model; {_REBUILD}"
-            )
-        squares = direction.singular_values.double().pow(2)
+        direction = layer_direction(pair, self._directions, self.name)
         if self._config.anchor == "paper":
-            # max: where V is 0 there is nothing to divide.
-            c = squares / squares.sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            c = direction.eigenvalues()
             # Below half of fp32's resolution beside the identity a direction changes nothing.
             seen = int((c > torch.finfo(torch.float32).eps / 2).sum())
             return direction.U[:, :seen], c[:seen].float()
+        squares = direction.singular_values.double().pow(2)
         held = squares.cumsum(0) / squares.sum()
         k = min(int((held < self._config.energy).sum()) + 1, squares.numel())
         return direction.U[:, :k], torch.ones(k)

@@ -26,7 +26,7 @@ class ProfileFiles:
     None: the run was given no such part. A constraint that needs it then fails closed.
 
     Attributes:
-        alignment: the file with the alignment directions.
+        alignment: the directory with the alignment directions.
         harmful_inputs: the directory with the harmful-input subspaces.
         autoencoder: the directory with the autoencoder, its latents and their baselines.
     """

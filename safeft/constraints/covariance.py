@@ -28,6 +28,7 @@ from safeft.constraints.subspaces import Positions
 from safeft.data import TokenisedRow, collate
 from safeft.errors import ModelError, ProfileError
 from safeft.own_refusals import OwnRefusal, refusal_row, template_start
+from safeft.weights import decoder_linears
 
 TokenClass = Literal["instruction", "template", "refusal"]
 TOKEN_CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
@@ -81,16 +82,6 @@ def read_row(tokenizer: Any, refusal: OwnRefusal) -> ReadRow:
     return ReadRow(row.input_ids, template_start(tokenizer, refusal.prompt), answer)
 
 
-def token_batches(rows: Sequence[ReadRow], budget: int) -> list[list[int]]:
-    """Indices of rows of similar length: at most ``budget`` padded tokens a batch, or one row."""
-    batches: list[list[int]] = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(rows[i].input_ids) > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
 def input_sites(model: Any, input_ids: Sequence[int]) -> list[InputSite]:
     """The inputs of all ``nn.Linear`` in the decoder's layers, in the order they are read.
 
@@ -100,7 +91,7 @@ def input_sites(model: Any, input_ids: Sequence[int]) -> list[InputSite]:
     Raises:
         ModelError: a layer is not run exactly once; it is named.
     """
-    linears = _decoder_linears(model)
+    linears = decoder_linears(model)
     # The tensors are kept, so that none of their ids is given out twice.
     read: dict[int, tuple[Tensor, list[str]]] = {}
     runs = dict.fromkeys(linears, 0)
@@ -142,7 +133,7 @@ class InputCovariances:
         # Right padding under causal attention: no token sees it, so there is no mask.
         classes = batch["labels"].flatten()
         chosen = {c: (classes == i).nonzero()[:, 0] for i, c in enumerate(TOKEN_CLASSES)}
-        linears = _decoder_linears(model)
+        linears = decoder_linears(model)
         if unknown := self.sites.keys() - linears.keys():
             raise ModelError(f"the model has no linear layer named {min(unknown)}")
         waiting = dict.fromkeys(self.sites)
@@ -214,16 +205,6 @@ class InputCovariances:
 
 class _AllRead(Exception):
     """Every site was read: the rest of the forward pass is not needed."""
-
-
-def _decoder_linears(model: Any) -> dict[str, nn.Linear]:
-    """By their names in the causal language model; not the embeddings, not the head."""
-    inside = {id(m) for layer in model.get_decoder().layers for m in layer.modules()}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear)
-    }
 
 
 def _forward(model: Any, input_ids: Tensor, modules: Mapping[str, nn.Module], see: Any) -> None:

@@ -1,9 +1,9 @@
 """How constraints reach the gradients and weights of any training loop, plain or sharded.
 
-Penalties are computed once for each optimizer step and added by leaf hooks to the gradients that
-the backward pass brings; leaf hooks that are installed before ``deepspeed.initialize`` see the
-whole gradient under every ZeRO stage. Projections act on the optimizer's own fp32 slices, right
-after its step.
+Penalties are computed once for each optimizer step. Leaf hooks add the whole of their gradient to
+the first gradient that the step brings to a parameter, and see that those of all micro-batches
+come. Leaf hooks that are installed before ``deepspeed.initialize`` see the whole gradient under
+every ZeRO stage. Projections act on the optimizer's own fp32 slices, right after its step.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ConstraintHooks:
         self._forward_metrics.clear()
         self._attach_whole()
         if self._lora is not None:
-            values, self._added = self._lora.compute(loss_scale / accumulation_steps)
+            values, self._added = self._lora.compute(loss_scale)
             return values
         if not self._anchored:
             return {}
@@ -251,10 +251,11 @@ class ConstraintHooks:
 
         def edit(gradient: Tensor) -> Tensor:
             seen = self._seen[parameter] = self._seen.get(parameter, 0) + 1
-            if parameter in self._added:
-                gradient = gradient + self._added[parameter].to(gradient.dtype)
-            elif name in self._anchored_layers and seen == 1:
-                gradient = self._with_anchors(name, gradient)
+            if seen == 1:
+                if parameter in self._added:
+                    gradient = gradient + self._added[parameter].to(gradient.dtype)
+                elif name in self._anchored_layers:
+                    gradient = self._with_anchors(name, gradient)
             if projected:
                 U = self._gradient_bases[name]
                 if U.device != gradient.device:  # follow the model, once

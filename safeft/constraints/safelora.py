@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from safeft.constraints.alignment import AlignmentDirection, load_directions
+from safeft.constraints.alignment import AlignmentDirection, layer_direction, load_directions
 from safeft.constraints.base import Constraint, ProfileFiles
-from safeft.errors import ModelError, ProfileError
+from safeft.errors import ModelError
 from safeft.lora import LoraPair
 from safeft.weights import TrainedLayers
 
@@ -62,14 +62,10 @@ class SafeLora(Constraint):
         self._directions = directions
 
     def bind(self, layers: TrainedLayers) -> None:
-        for name, layer in layers.items():
+        for layer in layers.values():
             if not isinstance(layer, LoraPair):
                 raise ModelError("constraint safelora: works on LoRA adapters only; set lora")
-            if name not in self._directions or self._directions[name].U.shape[0] != layer.d_out:
-                raise ProfileError(
-                    f"constraint safelora: the profile holds no alignment direction of {name}; "
-                    "rebuild it with `safeft profile build --part alignment`"
-                )
+            layer_direction(layer, self._directions, self.name)
 
     def finish_adapter(self, factors: LoraFactors) -> LoraFactors:
         projected = {n: (A, self._projected(n, A, B)) for n, (A, B) in factors.factors.items()}
@@ -78,10 +74,9 @@ class SafeLora(Constraint):
     def _projected(self, name: str, A: Tensor, B: Tensor) -> Tensor:
         """C·B where the layer's update strays from C, else B: ``(d_out, r)`` fp32."""
         direction = self._directions[name]
-        squares = direction.singular_values.double().pow(2)
-        if squares.numel() == 0:
+        c = direction.eigenvalues()
+        if c.numel() == 0:
             return B  # alignment left the layer alone: there is nothing to project onto
-        c = squares / squares.sum().sqrt()
         U, A64, B64 = direction.U.double(), A.double(), B.double()
         X = U @ (c[:, None] * (U.mT @ B64))  # C·B
         AA = A64 @ A64.mT  # (r, r)

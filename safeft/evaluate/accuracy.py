@@ -17,11 +17,11 @@ from safeft.data import Row, TokenisedRow, collate, tokenise_all
 from safeft.errors import InputError, MeasurementError
 from safeft.evaluate.generate import generate_greedy
 from safeft.evaluate.rates import Rate
+from safeft.label_logits import label_logits
 from safeft.progress import Progress, silent
 from safeft.prompts import prompt_set_hash
 
 Mode = Literal["exact", "gsm8k"]
-_IGNORED = -100
 _NUMBER = re.compile(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?")
 
 
@@ -134,7 +134,6 @@ def teacher_forced(
 ) -> TeacherForced:
     """Loss and first-choice accuracy over the label tokens of `rows`.
 
-    Logits are formed at positions that some row of the batch has a label for, and nowhere else.
     Raises MeasurementError if there is no label token or the loss is not finite.
     """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
@@ -146,21 +145,17 @@ def teacher_forced(
             progress("reading references", start, len(order))
             # Any id pads: the mask hides it and no label stands on it.
             batch = collate([rows[i] for i in order[start : start + batch_size]], pad_token_id=0)
-            targets = batch["labels"][:, 1:]  # (B, T-1): position t predicts token t+1
-            wanted = (targets != _IGNORED).any(0).nonzero()[:, 0]  # (P,)
             with torch.inference_mode():
-                logits = model(
-                    input_ids=batch["input_ids"].to(model.device),
+                logits, targets = label_logits(
+                    model,
+                    batch["input_ids"].to(model.device),
+                    batch["labels"].to(model.device),
                     attention_mask=batch["attention_mask"].to(model.device),
-                    logits_to_keep=wanted.to(model.device),
                     use_cache=False,
-                ).logits.float()  # (B, P, vocab)
-            kept = targets[:, wanted].to(logits.device)  # (B, P)
-            labelled = kept != _IGNORED
-            logits, kept = logits[labelled], kept[labelled]  # (n, vocab), (n,)
-            total += F.cross_entropy(logits, kept, reduction="sum").item()
-            hits += int((logits.argmax(-1) == kept).sum())
-            n += int(labelled.sum())
+                )
+            total += F.cross_entropy(logits, targets, reduction="sum").item()
+            hits += int((logits.argmax(-1) == targets).sum())
+            n += targets.numel()
     finally:
         model.train(was_training)
     progress("reading references", len(order), len(order))
