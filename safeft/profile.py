@@ -163,7 +163,7 @@ class SafetyProfile:
         Raises:
             ProfileError: a part is missing, foreign or changed.
         """
-        chosen = self._reference()
+        chosen = ReferenceState(**self._choice()["chosen"])
         state = (
             self.safety_state(chosen.at)
             if chosen.trajectory == "safety"
@@ -172,17 +172,16 @@ class SafetyProfile:
         return Projection(state, load_factors(self.path("danger-direction")))
 
     def safety(self) -> Projection:
-        """SQSD's safety projection: at the danger projection's state where that is a safety state.
+        """SQSD's safety projection, at the danger projection's state where that is a safety state.
 
         Raises:
             ProfileError: a part is missing, foreign or changed.
         """
-        chosen = self._reference()
-        scale = chosen.at if chosen.trajectory == "safety" else SAFETY_SCALE
-        return Projection(self.safety_state(scale), load_factors(self.path("safety-direction")))
+        state = self.safety_state(self._choice()["safety_scale"])
+        return Projection(state, load_factors(self.path("safety-direction")))
 
-    def _reference(self) -> ReferenceState:
-        return ReferenceState(**self.json("reference-state", "choice.json")["chosen"])
+    def _choice(self) -> Any:
+        return self.json("reference-state", "choice.json")
 
     def policy(self) -> ScreenPolicy:
         """The calibrated screening policy.

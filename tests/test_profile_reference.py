@@ -77,13 +77,18 @@ def test_every_number_behind_the_choice_is_recorded(model_dir: Path, made_to_pas
         assert [len(scores) for scores in one["benign"]] == [2] * 5
     choice = profile.json("reference-state", "choice.json")
     states = [(c["state"]["trajectory"], c["state"]["at"]) for c in choice["candidates"]]
-    assert states == [("benign", n) for n in (1, 2, 3)] + [("safety", s) for s in SAFETY_SCALES]
+    assert states == [("safety", s) for s in SAFETY_SCALES] + [("benign", n) for n in (1, 2, 3)]
     by_state = dict(zip(states, choice["candidates"], strict=True))
     # A scaled adapter drifts in proportion to its scale.
     unit = by_state["safety", 1.0]["drift"]
     assert by_state["safety", 0.8]["drift"] == pytest.approx(0.8 * unit)
     assert all(0 <= c["auc"] <= 1 and c["length"] > 0 for c in choice["candidates"])
-    assert choice["rows"] == {"benign": 4, "benign, compliant opening": 4, "danger": 4}
+    assert choice["rows"] == {
+        "benign": 4,
+        "benign, compliant opening": 4,
+        "danger": 4,
+        "obedient danger": 4,
+    }
     chosen = choice["chosen"]
     assert by_state[chosen["trajectory"], chosen["at"]]["eligible"]
 
@@ -93,14 +98,16 @@ def test_the_projections_are_taken_at_the_chosen_state(model_dir: Path, made_to_
     directory = profile.root / "reference-state"
     inputs = json.loads((directory / "part.json").read_text())["inputs"]
 
-    def choose(trajectory: str, at: float) -> None:
+    def choose(trajectory: str, at: float, scale: float) -> None:
         chosen = {"trajectory": trajectory, "at": at}
-        (directory / "choice.json").write_text(json.dumps({"chosen": chosen}))
+        (directory / "choice.json").write_text(
+            json.dumps({"chosen": chosen, "safety_scale": scale})
+        )
         profile.write_record(directory, inputs)
 
-    choose("safety", 1.0)
+    choose("safety", 1.0, 1.0)
     assert profile.danger().state.scale == profile.safety().state.scale == 2.0
-    choose("benign", 3)
+    choose("benign", 3, 0.9)
     benign, safety = profile.danger().state, profile.safety().state
     assert safety.scale == pytest.approx(2.0 * 0.9)
     name = next(iter(benign.factors))

@@ -27,7 +27,7 @@ from safeft.reference_state import (
 )
 from safeft.selection import selection_rows, separation, steering_pairs
 from safeft.selection import wordings_hash as selection_wordings_hash
-from safeft.sqsd import Projection, SqsdScorer
+from safeft.sqsd import Projection, RowScore, SqsdScorer
 from safeft.steering import MAGNITUDES, Sense, require_steering, safety_scores, steered
 
 #: The fields of ProfileConfig that the directions depend on, and so all that rests on them.
@@ -92,16 +92,18 @@ class ReferenceParts:
         model = load_model(self.context.model_dir)
         harmful, benign = steering_pairs(self.tokenizer, self.config.prompts, self.config.steering)
         label, steps = "profile: checking that the directions steer", len(SENSES) * len(MAGNITUDES)
+        pad_token_id = self.tokenizer.pad_token_id
+        pairs = [*harmful, *benign]
+        base = safety_scores(model, pairs, pad_token_id)
         found: dict[str, Any] = {}
         for name, sense in SENSES.items():
             direction = load_factors(self.profile.path(name))
-            scores: dict[float, list[float]] = {}
-            for magnitude in MAGNITUDES:
-                self.progress(label, len(found) * len(MAGNITUDES) + len(scores), steps)
-                with steered(model, direction, magnitude):
-                    scores[magnitude] = safety_scores(
-                        model, [*harmful, *benign], self.tokenizer.pad_token_id
-                    )
+            scores = dict.fromkeys(MAGNITUDES, base)
+            for i, magnitude in enumerate(MAGNITUDES):
+                self.progress(label, len(found) * len(MAGNITUDES) + i, steps)
+                if magnitude:
+                    with steered(model, direction, magnitude):
+                        scores[magnitude] = safety_scores(model, pairs, pad_token_id)
             on_harmful = {by: values[: len(harmful)] for by, values in scores.items()}
             found[name] = {
                 "sense": sense,
@@ -168,35 +170,41 @@ class ReferenceParts:
             progress=self.progress,
         )
         rows = [r for kind in classes for group in kind.values() for r in group]
-        # The safety half of a score read at a benign checkpoint is read at the default scale.
-        at_safety: list[float] = []
-        candidates: list[Candidate] = []
+        halves: dict[ReferenceState, list[RowScore]] = {}
         label = "profile: measuring reference states"
-        for state, factors in sorted(states.items(), key=lambda item: item[0].at != SAFETY_SCALE):
-            self.progress(label, len(candidates), len(states))
-            halves = SqsdScorer(
+        for state, factors in states.items():
+            self.progress(label, len(halves), len(states))
+            halves[state] = SqsdScorer(
                 model,
                 Projection(factors, danger),
                 Projection(factors, safety),
                 pad_token_id=self.tokenizer.pad_token_id,
             ).score(rows)
-            if lost := [s for s in halves if s.error]:
+            if lost := [s for s in halves[state] if s.error]:
                 raise ProfileError(f"reference state: a row has no score ({lost[0].error})")
-            own = [s.safety for s in halves]
-            at_safety = at_safety or own
-            taken = own if state.trajectory == "safety" else at_safety
-            scores = iter([s.danger - t for s, t in zip(halves, taken, strict=True)])
+        self.progress(label, len(states), len(states))
+
+        def candidate(state: ReferenceState, safety_state: ReferenceState) -> Candidate:
+            """Each half of the score read at a state of its own, or both at the same."""
+            both = zip(halves[state], halves[safety_state], strict=True)
+            scores = iter([one.danger - other.safety for one, other in both])
             benign, dangerous = (
                 {name: [next(scores) for _ in group] for name, group in kind.items()}
                 for kind in classes
             )
-            pairs, gap = separation(benign, dangerous)
-            candidates.append(Candidate(state, drift(factors, danger), length(factors), pairs, gap))
-        self.progress(label, len(states), len(states))
-        candidates.sort(key=lambda c: (c.state.trajectory, c.state.at))
+            update = states[state]
+            return Candidate(
+                state, drift(update, danger), length(update), *separation(benign, dangerous)
+            )
+
+        scaled = [candidate(s, s) for s in states if s.trajectory == "safety"]
+        safety_state = choose(scaled).state
+        tuned = [candidate(s, safety_state) for s in states if s.trajectory == "benign"]
+        candidates = [*scaled, *tuned]
         chosen, let_in = choose(candidates), eligible(candidates)
         choice = {
             "chosen": asdict(chosen.state),
+            "safety_scale": safety_state.at,
             "rule": RULE,
             "rows": {name: len(group) for kind in classes for name, group in kind.items()},
             "candidates": [
