@@ -7,7 +7,7 @@ Source: arXiv 2605.04572, sections 3.1-3.3. All are LoRA adapters on the same mo
   direction learns the style of the openings, and benign rows of that style score like harmful ones;
 - danger direction: SFT on harmful prompts with compliant openings (bare ones: the project holds no
   harmful answers), end point minus start. It starts at the safety adapter, its LoRA scale
-  multiplied by ``SAFETY_SCALE``: there refusals are strongest, and what undoes them is learned
+  multiplied by ``DANGER_START``: there refusals are strongest, and what undoes them is learned
   rather than the openings' style (docs/screening.md compares);
 - benign trajectory: SFT from the base model on benign prompts with such openings.
 
@@ -31,8 +31,8 @@ from safeft.fit import FitConfig, fit_adapter, response_nll
 from safeft.lora import lora_pairs
 from safeft.progress import Progress, silent
 
-SAFETY_SCALES = (0.8, 0.9, 1.0)  # the paper's range
-SAFETY_SCALE = 0.9
+SAFETY_SCALES = (0.2, 0.4, 0.6, 0.9)
+DANGER_START = 0.9
 DPO_BETA = 0.1
 
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
-from safeft.directions import SAFETY_SCALE
 from safeft.errors import ProfileError
 from safeft.reference_state import ReferenceState
 from safeft.sqsd import Projection
@@ -149,8 +148,8 @@ class SafetyProfile:
         text = " ".join(self.part_digest(part) for part in SCREENING_PARTS)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def safety_state(self, scale: float = SAFETY_SCALE) -> LoraFactors:
-        """The safety adapter, slightly scaled down."""
+    def safety_state(self, scale: float) -> LoraFactors:
+        """The safety adapter, its LoRA scale multiplied by ``scale``."""
         return load_factors(self.path("safety-direction")).scaled(scale)
 
     def benign_state(self, steps: int) -> LoraFactors:

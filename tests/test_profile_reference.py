@@ -12,12 +12,13 @@ import pytest
 
 from jobs.profile import ProfileConfig, build_profile
 from jobs.profile.reference_parts import ReferenceParts
-from jobs.report.profile_page import render_profile, write_profile_report
+from jobs.report.profile_page import render_profile
 from safeft.directions import SAFETY_SCALES
 from safeft.errors import ProfileError
 from safeft.fit import FitConfig
 from safeft.models import weights_hash
 from safeft.profile import SafetyProfile
+from tests.test_cli_profile import Command
 from tests.test_profile_build import records
 from tests.tiny import save_tiny
 
@@ -80,8 +81,9 @@ def test_every_number_behind_the_choice_is_recorded(model_dir: Path, made_to_pas
     assert states == [("safety", s) for s in SAFETY_SCALES] + [("benign", n) for n in (1, 2, 3)]
     by_state = dict(zip(states, choice["candidates"], strict=True))
     # A scaled adapter drifts in proportion to its scale.
-    unit = by_state["safety", 1.0]["drift"]
-    assert by_state["safety", 0.8]["drift"] == pytest.approx(0.8 * unit)
+    low, high = SAFETY_SCALES[0], SAFETY_SCALES[-1]
+    ratio = by_state["safety", high]["drift"] / by_state["safety", low]["drift"]
+    assert ratio == pytest.approx(high / low)
     assert all(0 <= c["auc"] <= 1 and c["length"] > 0 for c in choice["candidates"])
     assert choice["rows"] == {
         "benign": 4,
@@ -173,7 +175,7 @@ def test_a_row_without_a_score_chooses_no_state(
 
 
 def test_the_page_shows_each_number_and_needs_no_other_file(
-    model_dir: Path, tmp_path: Path, made_to_pass: None
+    model_dir: Path, tmp_path: Path, made_to_pass: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = build(model_dir)
     page = render_profile(profile)
@@ -187,5 +189,8 @@ def test_the_page_shows_each_number_and_needs_no_other_file(
         assert f"{candidate['drift']:.3f}".replace("-", "\u2212") in page
     for plot in ("Safety score along the danger direction", "Drift along", "AUC at each state"):
         assert f'aria-label="{plot}' in page
-    write_profile_report(profile, tmp_path / "new" / "page.html")
-    assert (tmp_path / "new" / "page.html").read_text() == page
+    file = tmp_path / "new" / "page.html"
+    done = Command(model_dir, capsys)("show", "--json", "--report", str(file))
+    assert json.loads(done.stdout)["report"] == str(file)
+    assert done.code == 1  # no threshold yet, so nothing would run with this profile
+    assert file.read_text() == page

@@ -63,12 +63,12 @@ class ProfileConfig:
     )
     danger: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=16))
     benign: FitConfig = field(
-        default_factory=lambda: FitConfig(learning_rate=1e-3, batch_size=4, steps=16)
+        default_factory=lambda: FitConfig(learning_rate=1e-3, batch_size=4, steps=12)
     )
     prompts: int = 320
     skip_layers: float = 0.5
-    steering: int = 16
-    selection: int = 16
+    steering: int = 12
+    selection: int = 12
     calibration: int = 96
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)

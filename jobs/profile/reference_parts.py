@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
 from safeft.adapters import LoraFactors, factors_of, load_factors, save_factors
-from safeft.directions import DPO_BETA, SAFETY_SCALE, SAFETY_SCALES, fit_sft
+from safeft.directions import DANGER_START, DPO_BETA, SAFETY_SCALES, fit_sft
 from safeft.errors import ProfileError
 from safeft.fit import FitConfig, new_adapter
 from safeft.models import load_model
@@ -32,7 +32,7 @@ from safeft.steering import MAGNITUDES, Sense, require_steering, safety_scores, 
 
 #: The fields of ProfileConfig that the directions depend on, and so all that rests on them.
 FIELDS = ("safety", "danger", "prompts", "skip_layers", "calibration")
-CHECKPOINTS = 4
+CHECKPOINTS = 3
 ANSWER_TOKENS = 24
 SENSES: dict[str, Sense] = {"safety-direction": "rises", "danger-direction": "falls"}
 
@@ -44,7 +44,7 @@ def direction_inputs(context: Context) -> dict[str, Any]:
         "prompt_sets": prompt_sets("profile"),
         "wordings": wordings_hash(),
         "tokenizer": tokenizer_hash(context.tokenizer),
-        "safety_scale": SAFETY_SCALE,
+        "danger_start": DANGER_START,
         "dpo_beta": DPO_BETA,
         **{name: config[name] for name in FIELDS},
     }

@@ -14,7 +14,7 @@ from safeft.adapters import factors_of
 from safeft.calibration import calibrate
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.data import TokenisedRow
-from safeft.directions import difference, fit_dpo, fit_sft, start_at
+from safeft.directions import DANGER_START, difference, fit_dpo, fit_sft, start_at
 from safeft.errors import ProfileError
 from safeft.evaluate import JUDGE_VERSION
 from safeft.models import load_model, weights_hash
@@ -97,7 +97,7 @@ class SqsdParts:
 
     def _danger_direction(self, out: Path) -> None:
         model = fresh_adapter(self.context, self.config.danger)
-        start_at(model, self.profile.safety_state())
+        start_at(model, self.profile.safety_state(DANGER_START))
         start = factors_of(model)
         losses = fit_sft(
             model,

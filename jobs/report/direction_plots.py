@@ -106,7 +106,7 @@ def separation(choice: Mapping[str, Any]) -> Markup:
     styles = (("sky", "o"), ("orange", "^"), ("purple", "D"), ("green", "s"))
 
     def paint(figure: Figure) -> None:
-        axes = fixed_axes(figure, left=1.75, bottom=0.45 + 0.2 * len(pairs), top=0.06)
+        axes = fixed_axes(figure, left=2.0, bottom=0.45 + 0.2 * len(pairs), top=0.06)
         for index, pair in enumerate(pairs):
             colour, marker = styles[index % len(styles)]
             axes.plot(
