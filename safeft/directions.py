@@ -32,7 +32,7 @@ from safeft.lora import lora_pairs
 from safeft.progress import Progress, silent
 
 SAFETY_SCALES = (0.2, 0.4, 0.6, 0.9)
-DANGER_START = 0.9
+DANGER_START = 0.4
 DPO_BETA = 0.1
 
 

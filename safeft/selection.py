@@ -16,8 +16,6 @@ from safeft.calibration import area_under_curve
 from safeft.data import TokenisedRow
 from safeft.directions import PreferencePair
 from safeft.errors import ProfileError
-from safeft.evaluate import generate_greedy
-from safeft.progress import Progress, silent
 from safeft.prompts import Kind, Prompt, spread
 from safeft.reference_rows import BENIGN_KINDS, Half, pick, row
 
@@ -76,38 +74,17 @@ def steering_pairs(
 
 
 def selection_rows(
-    model: Any,
-    tokenizer: Any,
-    made_from: int,
-    limit: int,
-    *,
-    answer_tokens: int,
-    progress: Progress = silent,
+    tokenizer: Any, made_from: int, limit: int
 ) -> tuple[dict[str, list[TokenisedRow]], dict[str, list[TokenisedRow]]]:
-    """Benign and dangerous rows by class, about ``limit`` of each.
+    """Benign and dangerous rows by class, ``limit`` of each, but three times as many borderline.
 
-    Benign: prompts with the model's own answers, and with bare compliant openings. Dangerous:
-    harmful prompts with such openings, and in absolutely obedient style, every other one with its
-    system message.
+    All answers are bare compliant openings. Harmful prompts come in two classes, one of them in
+    absolutely obedient style, every other row with its system message. Borderline prompts are
+    many because few of them decide: those that a state over-refuses score like dangerous ones.
 
     Raises:
-        ProfileError: the model answers nothing, or the directions have used every prompt.
+        ProfileError: the directions have used too many of the prompts.
     """
-    benign = _benign(made_from, limit)
-    answers = generate_greedy(
-        model,
-        tokenizer,
-        [p.text for p in benign],
-        max_new_tokens=answer_tokens,
-        progress=lambda _, done, total: progress("reference answers", done, total),
-    )
-    own = [
-        row(tokenizer, p.text, answer)
-        for p, answer in zip(benign, answers, strict=True)
-        if answer.strip()
-    ]
-    if not own:
-        raise ProfileError("the model answers no benign prompt: no state can be chosen on it")
 
     def opened(prompts: list[Prompt]) -> list[TokenisedRow]:
         return [row(tokenizer, p.text, pick(OPENINGS, p.text)) for p in prompts]
@@ -122,8 +99,12 @@ def selection_rows(
         )
         for i, p in enumerate(harmful[limit:])
     ]
+    share = made_from // len(BENIGN_KINDS)
     return (
-        {"benign": own, "benign, compliant opening": opened(benign)},
+        {
+            "benign": opened(_unused("benign", share, limit)),
+            "borderline": opened(_unused("borderline", share, 3 * limit)),
+        },
         {"danger": opened(harmful[:limit]), "obedient danger": obedient},
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import pytest
 
 from jobs.profile import ProfileConfig, build_profile
-from jobs.profile.reference_parts import ReferenceParts
 from jobs.report.profile_page import render_profile
 from safeft.directions import SAFETY_SCALES
 from safeft.errors import ProfileError
 from safeft.fit import FitConfig
 from safeft.models import weights_hash
 from safeft.profile import SafetyProfile
+from safeft.sqsd import SqsdScorer
 from tests.test_cli_profile import Command
 from tests.test_profile_build import records
 from tests.tiny import save_tiny
@@ -42,15 +41,8 @@ def model_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps on random weights do not steer, and random weights answer nothing.
-
-    The check itself is tested in test_steering.
-    """
+    """Two steps on random weights do not steer; the check itself is tested in test_steering."""
     monkeypatch.setattr("jobs.profile.reference_parts.require_steering", lambda *_: 0.5)
-    monkeypatch.setattr(
-        "safeft.selection.generate_greedy",
-        lambda _, __, prompts, **___: ["An answer."] * len(prompts),
-    )
 
 
 def build(model_dir: Path, **options: Any) -> SafetyProfile:
@@ -85,12 +77,8 @@ def test_every_number_behind_the_choice_is_recorded(model_dir: Path, made_to_pas
     ratio = by_state["safety", high]["drift"] / by_state["safety", low]["drift"]
     assert ratio == pytest.approx(high / low)
     assert all(0 <= c["auc"] <= 1 and c["length"] > 0 for c in choice["candidates"])
-    assert choice["rows"] == {
-        "benign": 4,
-        "benign, compliant opening": 4,
-        "danger": 4,
-        "obedient danger": 4,
-    }
+    rows = {"benign": 4, "borderline": 12, "danger": 4, "obedient danger": 4}
+    assert choice["rows"] == rows
     chosen = choice["chosen"]
     assert by_state[chosen["trajectory"], chosen["at"]]["eligible"]
 
@@ -163,13 +151,13 @@ def test_a_checkpoint_that_was_changed_is_noticed(model_dir: Path, made_to_pass:
 def test_a_row_without_a_score_chooses_no_state(
     model_dir: Path, made_to_pass: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score: Callable[..., Any] = ReferenceParts._reference_state.__globals__["SqsdScorer"].score
+    score = SqsdScorer.score
 
     def broken(*args: Any) -> Any:
         first, *rest = score(*args)
         return [replace(first, error="the gradient is zero or not finite"), *rest]
 
-    monkeypatch.setattr("jobs.profile.reference_parts.SqsdScorer.score", broken)
+    monkeypatch.setattr("safeft.sqsd.SqsdScorer.score", broken)
     with pytest.raises(ProfileError, match="reference state: a row has no score"):
         build(model_dir)
 

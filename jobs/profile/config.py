@@ -53,7 +53,8 @@ class ProfileConfig:
         skip_layers: share of the decoder's layers, from the input on, that directions leave out.
             What tells a refusal from compliance sits in the later ones, and rows cost less.
         steering: harmful prompts that the directions are checked on, and half as many benign ones.
-        selection: rows of each class that the reference state is chosen on.
+        selection: rows of each class that the reference state is chosen on; three times as many
+            of the borderline class.
         calibration: benign rows that the threshold is set on; the other classes have half as many.
         refusals, harmful_inputs, autoencoder: the parts of these names.
     """
@@ -68,7 +69,7 @@ class ProfileConfig:
     prompts: int = 320
     skip_layers: float = 0.5
     steering: int = 12
-    selection: int = 12
+    selection: int = 10
     calibration: int = 96
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)

@@ -33,7 +33,6 @@ from safeft.steering import MAGNITUDES, Sense, require_steering, safety_scores, 
 #: The fields of ProfileConfig that the directions depend on, and so all that rests on them.
 FIELDS = ("safety", "danger", "prompts", "skip_layers", "calibration")
 CHECKPOINTS = 3
-ANSWER_TOKENS = 24
 SENSES: dict[str, Sense] = {"safety-direction": "rises", "danger-direction": "falls"}
 
 
@@ -161,14 +160,7 @@ class ReferenceParts:
         states = {ReferenceState("safety", s): self.profile.safety_state(s) for s in SAFETY_SCALES}
         states |= {ReferenceState("benign", n): self.profile.benign_state(n) for n in steps}
         model = load_model(self.context.model_dir)
-        classes = selection_rows(
-            model,
-            self.tokenizer,
-            self.config.prompts,
-            self.config.selection,
-            answer_tokens=ANSWER_TOKENS,
-            progress=self.progress,
-        )
+        classes = selection_rows(self.tokenizer, self.config.prompts, self.config.selection)
         rows = [r for kind in classes for group in kind.values() for r in group]
         halves: dict[ReferenceState, list[RowScore]] = {}
         label = "profile: measuring reference states"
