@@ -21,14 +21,15 @@ from safeft.errors import ProfileError
 Trajectory = Literal["benign", "safety"]
 #: A benign-tuned checkpoint is direction-sensitive from this share of the largest drift on.
 GROWN = 0.5
-#: What a benign-tuned checkpoint must add to the AUC, since rows then take two passes, not one.
-WORTH = 0.02
+#: AUCs of so few rows that differ by less are equal: about two standard errors.
+TOLERANCE = 0.05
 RULE = (
     "A checkpoint of the benign tuning is eligible where its drift along the danger direction is "
-    f"positive and at least {GROWN:.0%} of the largest on the trajectory; a scaled safety state "
-    "always is. Of each kind the state with the highest AUC of its worst pair of classes is taken, "
-    "on equal terms the one with the widest gap. The safety state wins unless the checkpoint's AUC "
-    f"is more than {WORTH} higher: with it one pass serves both projections."
+    f"positive and at least {GROWN:.0%} of the largest on the trajectory. AUC is that of the worst "
+    f"pair of classes; a difference of up to {TOLERANCE} is none on so few rows. Of the safety "
+    "states that are as good as the best of them, the smallest scale is taken: a stronger adapter "
+    "refuses more harmless prompts. The best eligible checkpoint is taken in its place only where "
+    "it is better: it takes two passes over a row, one for each projection."
 )
 
 
@@ -86,25 +87,14 @@ def eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate that `RULE` takes.
-
-    Raises:
-        ProfileError: none is eligible.
-    """
-
-    def best(trajectory: Trajectory) -> Candidate | None:
-        of_kind = [c for c in eligible(candidates) if c.state.trajectory == trajectory]
-        return max(of_kind, key=lambda c: (c.auc, c.gap), default=None)
-
-    safety, benign = best("safety"), best("benign")
-    if benign is not None and (safety is None or benign.auc > safety.auc + WORTH):
-        return benign
-    if safety is None:
-        raise ProfileError(
-            "no state to take rows' gradients at: benign tuning does not drift along the danger "
-            "direction; tune it longer"
-        )
-    return safety
+    """The candidate that `RULE` takes; there must be a safety state among them."""
+    safety = [c for c in candidates if c.state.trajectory == "safety"]
+    benign = [c for c in eligible(candidates) if c.state.trajectory == "benign"]
+    best = max(c.auc for c in safety)
+    tuned = max(benign, key=lambda c: (c.auc, c.gap), default=None)
+    if tuned is not None and tuned.auc > best + TOLERANCE:
+        return tuned
+    return min((c for c in safety if c.auc >= best - TOLERANCE), key=lambda c: c.state.at)
 
 
 def inner_product(one: LoraFactors, other: LoraFactors) -> float:

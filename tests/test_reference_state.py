@@ -63,19 +63,30 @@ def test_a_zero_or_foreign_direction_has_no_drift() -> None:
         drift(one, random_factors(1, 2, NAMES[:1]))
 
 
-def test_the_best_safety_state_is_chosen_where_benign_tuning_undid_the_refusals() -> None:
+def test_of_equally_good_safety_states_the_weakest_is_chosen() -> None:
+    assert choose(SAFETY).state == ReferenceState("safety", 0.8)
+
+
+def test_a_stronger_safety_state_is_chosen_where_it_separates_clearly_better() -> None:
+    weak = [candidate("safety", 0.2, -0.2, 0.8), candidate("safety", 0.4, -0.4, 0.9)]
+    assert choose([*SAFETY[1:], *weak]).state == ReferenceState("safety", 0.9)
+
+
+def test_a_checkpoint_that_lost_its_refusals_is_not_chosen() -> None:
     benign = [candidate("benign", 8, 0.1, 0.99), candidate("benign", 16, 0.5, 0.71)]
-    assert choose([*benign, *SAFETY]).state == ReferenceState("safety", 0.9)
+    assert choose([*benign, *SAFETY]).state.trajectory == "safety"
 
 
 def test_a_checkpoint_that_drifted_is_chosen_where_it_separates_clearly_better() -> None:
     poor = [replace(c, pairs={"x": 0.9}) for c in SAFETY]
-    benign = [candidate("benign", n, n / 16, auc) for n, auc in ((8, 0.97), (16, 0.95))]
+    benign = [candidate("benign", n, n / 16, auc) for n, auc in ((8, 0.97), (16, 0.96))]
     assert choose([*poor, *benign]).state == ReferenceState("benign", 8)
+    equal = [*benign, candidate("benign", 12, 0.7, 0.97, gap=2.0)]
+    assert choose([*poor, *equal]).state == ReferenceState("benign", 12)
 
 
-def test_two_passes_a_row_must_be_worth_it() -> None:
-    benign = [candidate("benign", 16, 0.5, 0.99)]
+def test_a_difference_that_few_rows_cannot_show_is_not_worth_a_second_pass() -> None:
+    benign = [candidate("benign", 16, 0.5, 1.0)]
     assert choose([*SAFETY, *benign]).state.trajectory == "safety"
 
 
@@ -86,13 +97,6 @@ def test_a_checkpoint_before_the_drift_has_grown_is_not_eligible_however_well_it
     assert [c.state.at for c in eligible(benign)] == [8, 16]
     backwards = [candidate("benign", n, -n, 1.0) for n in (4, 8)]
     assert eligible([*backwards, *SAFETY]) == SAFETY
-    with pytest.raises(ProfileError, match="does not drift"):
-        choose(backwards)
-
-
-def test_equal_aucs_are_decided_by_the_gap() -> None:
-    wide = candidate("safety", 1.0, -1.0, 0.98, gap=2.0)
-    assert choose([*SAFETY, wide]) == wide
 
 
 def test_separation_names_the_pair_that_hides_behind_the_others() -> None:
