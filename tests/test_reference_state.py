@@ -68,7 +68,7 @@ def test_of_equally_good_safety_states_the_weakest_is_chosen() -> None:
 
 
 def test_a_stronger_safety_state_is_chosen_where_it_separates_clearly_better() -> None:
-    weak = [candidate("safety", 0.2, -0.2, 0.8), candidate("safety", 0.4, -0.4, 0.9)]
+    weak = [candidate("safety", 0.2, -0.2, 0.7), candidate("safety", 0.4, -0.4, 0.85)]
     assert choose([*SAFETY[1:], *weak]).state == ReferenceState("safety", 0.9)
 
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_lost_its_refusals_is_not_chosen() -> None:
 
 
 def test_a_checkpoint_that_drifted_is_chosen_where_it_separates_clearly_better() -> None:
-    poor = [replace(c, pairs={"x": 0.9}) for c in SAFETY]
+    poor = [replace(c, pairs={"x": 0.85}) for c in SAFETY]
     benign = [candidate("benign", n, n / 16, auc) for n, auc in ((8, 0.97), (16, 0.96))]
     assert choose([*poor, *benign]).state == ReferenceState("benign", 8)
     equal = [*benign, candidate("benign", 12, 0.7, 0.97, gap=2.0)]
