@@ -1,20 +1,22 @@
-"""The two directions that SQSD compares rows with, and the reference state it reads rows at.
+"""The trainings behind SQSD: its two directions, and the tuning that its states are looked for on.
 
 Source: arXiv 2605.04572, sections 3.1-3.3. All are LoRA adapters on the same modules:
 
 - safety direction: DPO from the base model, on pairs of a refusal and a compliant opening: on
   harmful prompts the refusal is preferred, on benign ones the opening. With harmful pairs alone the
   direction learns the style of the openings, and benign rows of that style score like harmful ones;
-- reference state: the safety adapter itself, its LoRA scale multiplied by ``SAFETY_SCALE``. There
-  refusals are strongest, so a row that would undo one has a large gradient. (The paper takes the
-  danger projection at a benign-tuned checkpoint; docs/screening.md compares the two.)
-- danger direction: SFT from that state on harmful prompts with compliant openings (bare ones: the
-  project holds no harmful answers), end point minus start.
+- danger direction: SFT on harmful prompts with compliant openings (bare ones: the project holds no
+  harmful answers), end point minus start. It starts at the safety adapter, its LoRA scale
+  multiplied by ``DANGER_START``: there refusals are strongest, and what undoes them is learned
+  rather than the openings' style (docs/screening.md compares);
+- benign trajectory: SFT from the base model on benign prompts with such openings.
+
+`safeft.steering` checks the directions, `safeft.reference_state` measures and chooses the states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,8 @@ from safeft.fit import FitConfig, fit_adapter, response_nll
 from safeft.lora import lora_pairs
 from safeft.progress import Progress, silent
 
-SAFETY_SCALE = 0.9  # the paper takes 0.8 to 1
+SAFETY_SCALES = (0.2, 0.4, 0.6, 0.9)
+DANGER_START = 0.4
 DPO_BETA = 0.1
 
 
@@ -48,6 +51,7 @@ def fit_sft(
     config: FitConfig,
     label: str,
     progress: Progress = silent,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Supervised fine-tuning of the model's adapter on ``rows``; returns the loss curve."""
     return fit_adapter(
@@ -58,6 +62,7 @@ def fit_sft(
         config=config,
         label=label,
         progress=progress,
+        after_step=after_step,
     )
 
 

@@ -122,11 +122,13 @@ def fit_adapter(
     config: FitConfig,
     label: str,
     progress: Progress = silent,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train the model's trainable parameters for ``config.steps`` AdamW steps.
 
     Args:
         items: rows or pairs; ``length`` gives an item's tokens, ``loss`` a batch's scalar loss.
+        after_step: called with the number of steps taken, after each.
 
     Returns:
         The loss of each step.
@@ -151,6 +153,8 @@ def fit_adapter(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(value.item())
+        if after_step is not None:
+            after_step(step + 1)
     progress(label, config.steps, config.steps)
     model.eval()
     return losses

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
-from safeft.directions import SAFETY_SCALE
 from safeft.errors import ProfileError
+from safeft.reference_state import ReferenceState
 from safeft.sqsd import Projection
 
 #: Raised with every change of what a part holds or means.
@@ -31,6 +31,9 @@ SCREENING_PARTS = (
     "alignment",
     "safety-direction",
     "danger-direction",
+    "steering",
+    "benign-trajectory",
+    "reference-state",
     "calibration",
     "baseline",
 )
@@ -145,17 +148,39 @@ class SafetyProfile:
         text = " ".join(self.part_digest(part) for part in SCREENING_PARTS)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def reference_state(self) -> LoraFactors:
-        """The state that rows' gradients are taken at: the safety adapter, slightly scaled down."""
-        return load_factors(self.path("safety-direction")).scaled(SAFETY_SCALE)
+    def safety_state(self, scale: float) -> LoraFactors:
+        """The safety adapter, its LoRA scale multiplied by ``scale``."""
+        return load_factors(self.path("safety-direction")).scaled(scale)
+
+    def benign_state(self, steps: int) -> LoraFactors:
+        """A checkpoint of the benign trajectory."""
+        return load_factors(self.path("benign-trajectory") / checkpoint(steps))
 
     def danger(self) -> Projection:
-        """SQSD's danger projection."""
-        return Projection(self.reference_state(), load_factors(self.path("danger-direction")))
+        """SQSD's danger projection, at the state that was chosen.
+
+        Raises:
+            ProfileError: a part is missing, foreign or changed.
+        """
+        chosen = ReferenceState(**self._choice()["chosen"])
+        state = (
+            self.safety_state(chosen.at)
+            if chosen.trajectory == "safety"
+            else self.benign_state(int(chosen.at))
+        )
+        return Projection(state, load_factors(self.path("danger-direction")))
 
     def safety(self) -> Projection:
-        """SQSD's safety projection."""
-        return Projection(self.reference_state(), load_factors(self.path("safety-direction")))
+        """SQSD's safety projection, at the danger projection's state where that is a safety state.
+
+        Raises:
+            ProfileError: a part is missing, foreign or changed.
+        """
+        state = self.safety_state(self._choice()["safety_scale"])
+        return Projection(state, load_factors(self.path("safety-direction")))
+
+    def _choice(self) -> Any:
+        return self.json("reference-state", "choice.json")
 
     def policy(self) -> ScreenPolicy:
         """The calibrated screening policy.
@@ -211,12 +236,17 @@ def rebuild(part: str) -> str:
 
 
 def hash_files(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file of a part but its record."""
+    """SHA-256 of every file of a part but its record, by its path in the part."""
     return {
-        file.name: sha256_file(file)
-        for file in sorted(directory.iterdir())
-        if file.is_file() and file.name != RECORD
+        file.relative_to(directory).as_posix(): sha256_file(file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file != directory / RECORD
     }
+
+
+def checkpoint(steps: int) -> str:
+    """The directory of one checkpoint within the benign trajectory."""
+    return f"step-{steps:05d}"
 
 
 def canonical(inputs: dict[str, Any]) -> Any:

@@ -33,10 +33,10 @@ from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
 
 SHORT = FitConfig(rank=2, alpha=4, batch_size=4, steps=2)
-CONFIG = ProfileConfig(safety=SHORT, danger=SHORT, prompts=8, calibration=8)
-#: A random model gives no answers to calibrate on.
-UNFIT = "no reference row of class 'benign'"
-BEFORE_CALIBRATION = ("alignment", "safety-direction", "danger-direction")
+CONFIG = ProfileConfig(safety=SHORT, danger=SHORT, prompts=8, steering=4, calibration=8)
+#: Two steps on random weights do not steer.
+UNFIT = "does not steer"
+BEFORE_STEERING = ("alignment", "safety-direction", "danger-direction")
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def records(profile: SafetyProfile) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in profile.root.glob("*/part.json")}
 
 
-def test_a_model_without_answers_to_calibrate_on_gets_no_profile(pair: tuple[Path, Path]) -> None:
+def test_a_model_whose_directions_do_not_steer_gets_no_profile(pair: tuple[Path, Path]) -> None:
     with pytest.raises(ProfileError, match=UNFIT):
         build_profile(*pair, config=CONFIG)
     profile = SafetyProfile.for_weights(weights_hash(pair[0]))
-    assert set(records(profile)) == set(BEFORE_CALIBRATION)
-    with pytest.raises(ProfileError, match="lacks 'calibration'"):
+    assert set(records(profile)) == set(BEFORE_STEERING)
+    with pytest.raises(ProfileError, match="lacks 'steering'"):
         profile.verify()
 
 

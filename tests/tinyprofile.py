@@ -28,6 +28,10 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
         profile.root / "alignment",
         aligned_hash=profile.base_weights,
     )
+    shifts = {name: {"shift": 1.0} for name in ("safety-direction", "danger-direction")}
+    (profile.root / "steering" / "steering.json").write_text(json.dumps(shifts))
+    choice = {"chosen": {"trajectory": "safety", "at": 0.9}, "safety_scale": 0.9}
+    (profile.root / "reference-state" / "choice.json").write_text(json.dumps(choice))
     policy = {"row_threshold": threshold, "max_risky_fraction": 0.03, "min_risky_rows": 2}
     (profile.root / "calibration" / "policy.json").write_text(json.dumps(policy))
     (profile.root / "calibration" / "quality.json").write_text('{"auc": 1.0, "flagged": {}}')

@@ -88,6 +88,10 @@ def build(
 def show(
     model: Model = "demo:aligned",
     root: Root = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page about the directions and the reference state here."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show which parts are there, the threshold, the baseline refusals and the subspaces' sizes.
@@ -114,6 +118,11 @@ def show(
             "policy": profile.json("calibration", "policy.json"),
             "calibration": profile.json("calibration", "quality.json"),
             "baseline": {kind: baseline[kind]["refusal"] for kind in baseline},
+            "steering": {
+                name: found["shift"]
+                for name, found in profile.json("steering", "steering.json").items()
+            },
+            "reference_state": profile.json("reference-state", "choice.json")["chosen"],
         }
     if parts["harmful-inputs"] == "built":
         saved = load_subspaces(profile.root / "harmful-inputs")
@@ -122,6 +131,11 @@ def show(
             "rows": saved.rows,
             "mean_k": saved.mean_ranks(),
         }
+    if report is not None:
+        from jobs.report.profile_page import write_profile_report
+
+        write_profile_report(profile, report)
+        summary["report"] = str(report)
     if as_json:
         print_json(summary)
     else:
@@ -213,11 +227,17 @@ def _show(summary: dict[str, Any]) -> None:
     if not summary["complete"]:
         out.print("incomplete: run [bold]safeft profile build[/] with the same --model")
         return
+    from safeft.reference_state import ReferenceState
+
     policy = summary["policy"]
     out.print(
         f"a row is risky above SQSD {policy['row_threshold']:+.3f}; "
         f"a dataset is rejected above {policy['max_risky_fraction']:.1%} risky rows"
     )
+    for name, shift in summary["steering"].items():
+        out.print(f"{name.replace('-', ' ')}: moves the safety score by {shift:.2f} nats a token")
+    state = ReferenceState(**summary["reference_state"])
+    out.print(f"rows are read at: {escape(str(state))}")
     for kind, rate in summary["calibration"]["flagged"].items():
         out.print(f"above the threshold: {_rate(rate)} of the reference rows ({escape(kind)})")
     for kind, rate in summary["baseline"].items():

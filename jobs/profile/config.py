@@ -48,9 +48,13 @@ class ProfileConfig:
 
     Attributes:
         safety, danger: the two trainings. The paper's rate of 5e-6 is for 8B models.
+        benign: the tuning on benign rows whose checkpoints may become reference states.
         prompts: harmful prompts behind each direction; the safety pairs have as many benign ones.
         skip_layers: share of the decoder's layers, from the input on, that directions leave out.
             What tells a refusal from compliance sits in the later ones, and rows cost less.
+        steering: harmful prompts that the directions are checked on, and half as many benign ones.
+        selection: rows of each class that the reference state is chosen on; three times as many
+            of the borderline class.
         calibration: benign rows that the threshold is set on; the other classes have half as many.
         refusals, harmful_inputs, autoencoder: the parts of these names.
     """
@@ -59,8 +63,13 @@ class ProfileConfig:
         default_factory=lambda: FitConfig(learning_rate=1e-3, batch_size=8, steps=72)
     )
     danger: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-4, steps=16))
+    benign: FitConfig = field(
+        default_factory=lambda: FitConfig(learning_rate=1e-3, batch_size=4, steps=12)
+    )
     prompts: int = 320
     skip_layers: float = 0.5
+    steering: int = 12
+    selection: int = 10
     calibration: int = 96
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)

@@ -9,14 +9,14 @@ from typing import Any
 
 from jobs.evaluate import MAX_NEW_TOKENS, evaluate
 from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
-from safeft.adapters import LoraFactors, factors_of, save_factors
+from jobs.profile.reference_parts import ReferenceParts, direction_inputs, fresh_adapter, save
+from safeft.adapters import factors_of
 from safeft.calibration import calibrate
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.data import TokenisedRow
-from safeft.directions import DPO_BETA, SAFETY_SCALE, difference, fit_dpo, fit_sft, start_at
+from safeft.directions import DANGER_START, difference, fit_dpo, fit_sft, start_at
 from safeft.errors import ProfileError
 from safeft.evaluate import JUDGE_VERSION
-from safeft.fit import FitConfig, new_adapter
 from safeft.models import load_model, weights_hash
 from safeft.profile import ScreenPolicy
 from safeft.reference_rows import (
@@ -26,31 +26,30 @@ from safeft.reference_rows import (
     obedient_rows,
     opened_rows,
     safety_pairs,
-    wordings_hash,
 )
 from safeft.sqsd import RowScore, SqsdScorer
 
 BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
-#: The fields of ProfileConfig that these parts depend on.
-FIELDS = ("safety", "danger", "prompts", "skip_layers", "calibration")
+#: What scores rest on: directions that steer, and the states that rows are read at.
+CALIBRATED_FROM = ("danger-direction", "safety-direction", "steering", "reference-state")
 
 
 class SqsdParts:
     """Makes them for one build."""
 
     def __init__(self, context: Context) -> None:
-        self.profile, self.config = context.profile, context.config
+        self.context, self.profile, self.config = context, context.profile, context.config
         self.progress, self.tokenizer = context.progress, context.tokenizer
         self.model_dir, self.unaligned_dir = context.model_dir, context.unaligned_dir
 
     def parts(self) -> list[Part]:
         """Each after what it is made from."""
-        directions = ("danger-direction", "safety-direction")
         return [
             Part("alignment", self._pair, self._alignment),
             Part("safety-direction", self._made_by, self._safety_direction),
-            Part("danger-direction", self._made_by, self._danger_direction, directions[1:]),
-            Part("calibration", self._calibrated_by, self._calibration, directions),
+            Part("danger-direction", self._made_by, self._danger_direction, ("safety-direction",)),
+            *ReferenceParts(self.context).parts(),
+            Part("calibration", self._calibrated_by, self._calibration, CALIBRATED_FROM),
             Part("baseline", self._asked, self._baseline),
         ]
 
@@ -58,15 +57,7 @@ class SqsdParts:
         return {"unaligned": weights_hash(self._unaligned())}
 
     def _made_by(self) -> dict[str, Any]:
-        config = asdict(self.config)
-        return {
-            "prompt_sets": prompt_sets("profile"),
-            "wordings": wordings_hash(),
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "safety_scale": SAFETY_SCALE,
-            "dpo_beta": DPO_BETA,
-            **{name: config[name] for name in FIELDS},
-        }
+        return direction_inputs(self.context)
 
     def _calibrated_by(self) -> dict[str, Any]:
         return {"policy": asdict(ScreenPolicy(0.0)), **self._made_by()}
@@ -84,11 +75,6 @@ class SqsdParts:
             raise ProfileError("the alignment direction needs the unaligned model: --unaligned")
         return self.unaligned_dir
 
-    def _fresh(self, fit: FitConfig) -> Any:
-        model = load_model(self.model_dir)
-        layers: int = model.config.num_hidden_layers
-        return new_adapter(model, fit, first_layer=int(self.config.skip_layers * layers))
-
     def _alignment(self, out: Path) -> None:
         directions = alignment_direction(
             self.model_dir, self._unaligned(), _is_linear, self.progress
@@ -96,7 +82,7 @@ class SqsdParts:
         save_directions(directions, out, aligned_hash=self.profile.base_weights)
 
     def _safety_direction(self, out: Path) -> None:
-        model = self._fresh(self.config.safety)
+        model = fresh_adapter(self.context, self.config.safety)
         losses = fit_dpo(
             model,
             safety_pairs(self.tokenizer, BUILD, self.config.prompts),
@@ -105,11 +91,11 @@ class SqsdParts:
             "profile: safety direction",
             self.progress,
         )
-        _save(factors_of(model), out, losses)
+        save(factors_of(model), out, losses)
 
     def _danger_direction(self, out: Path) -> None:
-        model = self._fresh(self.config.danger)
-        start_at(model, self.profile.reference_state())
+        model = fresh_adapter(self.context, self.config.danger)
+        start_at(model, self.profile.safety_state(DANGER_START))
         start = factors_of(model)
         losses = fit_sft(
             model,
@@ -119,7 +105,7 @@ class SqsdParts:
             "profile: danger direction",
             self.progress,
         )
-        _save(difference(factors_of(model), start), out, losses)
+        save(difference(factors_of(model), start), out, losses)
 
     def _calibration(self, out: Path) -> None:
         n, tokenizer = self.config.calibration, self.tokenizer
@@ -164,8 +150,3 @@ class SqsdParts:
 
 def _is_linear(name: str) -> bool:
     return name.endswith("_proj")
-
-
-def _save(direction: LoraFactors, out: Path, losses: list[float]) -> None:
-    save_factors(direction, out)
-    (out / "training.json").write_text(json.dumps({"losses": losses}))

@@ -31,44 +31,53 @@ def write_report(report: DemoReport, path: Path) -> None:
 
 def render(report: DemoReport) -> str:
     """The page's HTML. The same report gives the same text."""
-    environment = Environment(
+    models = facts.measured(report)
+    return (
+        environment()
+        .get_template("demo.html.j2")
+        .render(
+            report=report,
+            models=models,
+            hues=plots.HUES,
+            sets=facts.SETS,
+            summary=facts.summary(report),
+            tenants=[
+                {
+                    "is": tenant,
+                    "confusion": facts.confusion(tenant),
+                    "risky": facts.risky_lines(tenant, RISKY_ROWS_SHOWN, EXCERPT_CHARACTERS),
+                    "highest": max(
+                        (row for row in tenant.scores if row.score is not None),
+                        key=lambda row: row.score or 0.0,
+                        default=None,
+                    ),
+                }
+                for tenant in report.tenants
+            ],
+            rejected={t.name for t in report.tenants if t.verdict.verdict == "rejected"},
+            calibration=facts.calibration(report.profile),
+            strips=strips.score_strips(report.profile, report.tenants),
+            refusals={kind: plots.refusal_panel(kind, models) for kind in facts.SETS},
+            loss=plots.loss_curves(report.arms) if any(a.curve for a in report.arms) else None,
+            penalty=plots.penalty_curves(report.arms),
+            mean_of=plots.MEAN_OF,
+            answer_classes=[kind.value for kind in AnswerClass],
+            compared=facts.compared,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where the pages' templates come from; whatever they print is escaped."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(_FILTERS)
-    models = facts.measured(report)
-    return environment.get_template("demo.html.j2").render(
-        report=report,
-        models=models,
-        hues=plots.HUES,
-        sets=facts.SETS,
-        summary=facts.summary(report),
-        tenants=[
-            {
-                "is": tenant,
-                "confusion": facts.confusion(tenant),
-                "risky": facts.risky_lines(tenant, RISKY_ROWS_SHOWN, EXCERPT_CHARACTERS),
-                "highest": max(
-                    (row for row in tenant.scores if row.score is not None),
-                    key=lambda row: row.score or 0.0,
-                    default=None,
-                ),
-            }
-            for tenant in report.tenants
-        ],
-        rejected={t.name for t in report.tenants if t.verdict.verdict == "rejected"},
-        calibration=facts.calibration(report.profile),
-        strips=strips.score_strips(report.profile, report.tenants),
-        refusals={kind: plots.refusal_panel(kind, models) for kind in facts.SETS},
-        loss=plots.loss_curves(report.arms) if any(a.curve for a in report.arms) else None,
-        penalty=plots.penalty_curves(report.arms),
-        mean_of=plots.MEAN_OF,
-        answer_classes=[kind.value for kind in AnswerClass],
-        compared=facts.compared,
-    )
+    made.filters.update(_FILTERS)
+    return made
 
 
 def _when(moment: datetime) -> str:
