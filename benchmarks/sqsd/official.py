@@ -36,7 +36,7 @@ class OfficialPass:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0)
         self.model = get_peft_model(load_model(model_dir), config)
         start_at(self.model, projection.state)
-        self.model.to(dtype)  # type: ignore[arg-type]
+        self.model.to(dtype)
         self.model.eval()
         self.pairs = lora_pairs(self.model)
         self.state = {
@@ -51,7 +51,7 @@ class OfficialPass:
         ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100).backward()
+        F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100).backward()  # type: ignore[no-untyped-call]
         total = 0.0
         for name, (a, b) in self.state.items():
             update = self._update(name, a, b).flatten()
