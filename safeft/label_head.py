@@ -40,7 +40,7 @@ class LabelHead:
         with torch.no_grad():
             ours = head(self.hidden(ids))
             theirs = model(input_ids=ids, use_cache=False).logits
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5):
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise ModelError(
                 f"{type(model).__name__} changes its logits after the output head (a soft cap or a "
                 "scale); such models are not supported here yet"
