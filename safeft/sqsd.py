@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from safeft.data.tokenise import IGNORED
 from safeft.errors import ProfileError
 from safeft.label_head import LabelHead
 from safeft.sqsd_trace import ReferencePass
+from safeft.stopped_forward import residual_after, resumed_at
 
 
 @dataclass(frozen=True)
@@ -140,28 +142,34 @@ class SqsdScorer:
         """SQSD of each row, and the cosines that it is the sum of."""
         scorable = [i for i, row in enumerate(rows) if _trained(row)]
         cosines = torch.full((2, len(rows), len(self.modules)), math.nan, dtype=torch.float64)
-        for group, one in self._passes:
-            with one.installed():
-                for batch in _batches(rows, scorable, self.tokens_per_batch):
-                    found = self._cosines([rows[i] for i in batch], one)  # (sides, B, M)
-                    for side, values in zip(group, found, strict=True):
-                        cosines[side, batch] = values
+        for batch in _batches(rows, scorable, self.tokens_per_batch):
+            padded = collate([rows[i] for i in batch], self.pad_token_id)
+            ids, labels = (padded[key].to(self._device) for key in ("input_ids", "labels"))
+            cosines[:, batch] = self._cosines(ids, labels)
         scores = [_result(row, *cosines[:, i].sum(1).tolist()) for i, row in enumerate(rows)]
         lost = [i for i, score in enumerate(scores) if score.error]
         cosines[:, lost] = math.nan
         return scores, ModuleCosines(self.modules, cosines[0], cosines[1])
 
-    def _cosines(self, rows: list[TokenisedRow], one: ReferencePass) -> Tensor:
-        batch = collate(rows, self.pad_token_id)
-        ids, labels = (batch[k].to(self._device) for k in ("input_ids", "labels"))  # (B, T)
-        one.begin(ids.shape[0], ids.shape[1], self._device)
-        with torch.enable_grad():
-            # Right padding under causal attention: pads come after every label, so they get a
-            # gradient of exactly zero and need no mask.
-            hidden = self._head.hidden(ids)  # (B, T, D)
-        # Rows do not interact, so the gradient of the sum of losses holds every row's own gradient.
-        torch.autograd.grad(hidden, one.first_input, self._head.gradient(hidden.detach(), labels))
-        return one.end()
+    def _cosines(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Of right-padded rows (B, T) with the danger and the safety direction: (2, B, M) fp64."""
+        first = self._passes[0][1].first_layer
+        # Layers that no direction covers are the same at every reference state.
+        with torch.no_grad():
+            start = residual_after(self.model, first - 1, ids) if first else None
+        found = torch.empty(2, len(ids), len(self.modules), dtype=torch.float64)
+        for sides, one in self._passes:
+            one.begin(ids.shape[0], ids.shape[1], self._device)
+            onwards = nullcontext() if start is None else resumed_at(self.model, first, start)
+            with onwards, one.installed(), torch.enable_grad():
+                # Right padding under causal attention: pads come after every label, so they get a
+                # gradient of exactly zero and need no mask.
+                hidden = self._head.hidden(ids)  # (B, T, D)
+            # Rows do not interact, so the gradient of the sum of their losses holds every row's.
+            gradient = self._head.gradient(hidden.detach(), labels)
+            torch.autograd.grad(hidden, one.first_input, gradient)
+            found[sides] = one.end()
+        return found
 
 
 def _trained(row: TokenisedRow) -> int:

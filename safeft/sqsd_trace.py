@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from safeft.adapters import LoraFactors, linear_modules
 from safeft.errors import ModelError, ProfileError
-from safeft.stopped_forward import decoder_layers
+from safeft.stopped_forward import decoder_layers, with_input
 
 
 class ReferencePass:
@@ -49,10 +49,15 @@ class ReferencePass:
         ]
         targets = {id(module) for module in modules.values()}
         blocks = decoder_layers(model.get_decoder())[1]
-        covered = [b for b in blocks if any(id(module) in targets for module in b.modules())]
+        covered = [
+            index
+            for index, block in enumerate(blocks)
+            if any(id(module) in targets for module in block.modules())
+        ]
         if not covered:
             raise ProfileError("SQSD: the directions cover no layer of the model's decoder")
-        self._first_block = covered[0]
+        self.first_layer = covered[0]
+        self._first_block = blocks[self.first_layer]
         self._directions = len(directions)
         self.first_input = torch.empty(0)
         self.rows = self.tokens = 0
@@ -76,12 +81,10 @@ class ReferencePass:
     def _start_graph(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Nothing before the first covered block needs a gradient, or keeps its activations."""
+        """Nothing before the first covered layer needs a gradient, or keeps its activations."""
         given = args[0] if args else kwargs["hidden_states"]
         self.first_input = given.detach().requires_grad_()  # (B, T, D)
-        if args:
-            return (self.first_input, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self.first_input}
+        return with_input(self.first_input, args, kwargs)
 
     def begin(self, rows: int, tokens: int, device: torch.device) -> None:
         """Before a forward pass over ``rows`` rows padded to ``tokens`` tokens."""

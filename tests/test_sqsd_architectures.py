@@ -58,12 +58,13 @@ def build(name: str) -> Any:
     return kind(config).eval()
 
 
+@pytest.mark.parametrize("covered", [".layers.", ".layers.1."])
 @pytest.mark.parametrize("name", MODELS)
-def test_other_architectures_agree_with_the_oracle(name: str) -> None:
+def test_other_architectures_agree_with_the_oracle(name: str, covered: str) -> None:
     blocks = [
         path
         for path, module in build(name).named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in path
+        if isinstance(module, torch.nn.Linear) and covered in path
     ]
     danger, safety = (
         Projection(*(random_factors(s, 3, blocks, build(name)) for s in seeds))
