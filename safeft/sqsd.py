@@ -133,6 +133,7 @@ class SqsdScorer:
             )
             for group in groups
         ]
+        self.first_layer = self._passes[0][1].first_layer
 
     def score(self, rows: Sequence[TokenisedRow]) -> list[RowScore]:
         """SQSD of each row, in the order given. Source: paper section 3, algorithm 1."""
@@ -140,22 +141,45 @@ class SqsdScorer:
 
     def score_by_module(self, rows: Sequence[TokenisedRow]) -> tuple[list[RowScore], ModuleCosines]:
         """SQSD of each row, and the cosines that it is the sum of."""
-        scorable = [i for i, row in enumerate(rows) if _trained(row)]
+        scorable = [i for i, row in enumerate(rows) if trained_tokens(row)]
         cosines = torch.full((2, len(rows), len(self.modules)), math.nan, dtype=torch.float64)
-        for batch in _batches(rows, scorable, self.tokens_per_batch):
-            padded = collate([rows[i] for i in batch], self.pad_token_id)
-            ids, labels = (padded[key].to(self._device) for key in ("input_ids", "labels"))
-            cosines[:, batch] = self._cosines(ids, labels)
-        scores = [_result(row, *cosines[:, i].sum(1).tolist()) for i, row in enumerate(rows)]
+        for batch in self.batches(rows, scorable):
+            cosines[:, batch] = self.cosines(*self.padded([rows[i] for i in batch]))
+        scores = [row_score(row, *cosines[:, i].sum(1).tolist()) for i, row in enumerate(rows)]
         lost = [i for i, score in enumerate(scores) if score.error]
         cosines[:, lost] = math.nan
         return scores, ModuleCosines(self.modules, cosines[0], cosines[1])
 
-    def _cosines(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Of right-padded rows (B, T) with the danger and the safety direction: (2, B, M) fp64."""
-        first = self._passes[0][1].first_layer
+    def batches(self, rows: Sequence[TokenisedRow], indices: Sequence[int]) -> Iterator[list[int]]:
+        """Indices grouped by length: up to `tokens_per_batch` padded tokens, or one row."""
+        group: list[int] = []
+        for i in sorted(indices, key=lambda i: len(rows[i].input_ids)):
+            if group and (len(group) + 1) * len(rows[i].input_ids) > self.tokens_per_batch:
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+    def padded(self, rows: list[TokenisedRow]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels on the model's device, padded on the right: (B, T) each."""
+        batch = collate(rows, self.pad_token_id)
+        return batch["input_ids"].to(self._device), batch["labels"].to(self._device)
+
+    def cosines(
+        self, ids: Tensor, labels: Tensor, resume: tuple[int, Tensor] | None = None
+    ) -> Tensor:
+        """Each row's cosines with the danger and the safety direction: (2, B, M) fp64 on the CPU.
+
+        Args:
+            ids, labels: as of `padded`; every row has a label.
+            resume: a decoder layer and what it reads (B, T, D), of a forward pass that has come so
+                far at the plain base model: not beyond `first_layer`.
+        """
+        first = self.first_layer
+        earlier = nullcontext() if resume is None else resumed_at(self.model, *resume)
         # Layers that no direction covers are the same at every reference state.
-        with torch.no_grad():
+        with earlier, torch.no_grad():
             start = residual_after(self.model, first - 1, ids) if first else None
         found = torch.empty(2, len(ids), len(self.modules), dtype=torch.float64)
         for sides, one in self._passes:
@@ -172,30 +196,20 @@ class SqsdScorer:
         return found
 
 
-def _trained(row: TokenisedRow) -> int:
+def trained_tokens(row: TokenisedRow) -> int:
+    """How many of its tokens carry loss; the first one cannot, nothing predicts it."""
     return sum(label != IGNORED for label in row.labels[1:])
 
 
-def _result(row: TokenisedRow, danger: float, safety: float) -> RowScore:
-    score, error = danger - safety, None
-    if not _trained(row):
+def row_score(row: TokenisedRow, danger: float, safety: float) -> RowScore:
+    """The result for a row, an error where it has no score."""
+    score, error, trained = danger - safety, None, trained_tokens(row)
+    if not trained:
         error = "no trainable response token"
     elif not math.isfinite(score):
         error = "the gradient is zero or not finite"
         score = danger = safety = math.nan
-    return RowScore(row.line, score, danger, safety, len(row.input_ids), _trained(row), error)
-
-
-def _batches(rows: Sequence[TokenisedRow], indices: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices grouped by length: a group has at most ``budget`` padded tokens, or is one row."""
-    group: list[int] = []
-    for i in sorted(indices, key=lambda i: len(rows[i].input_ids)):
-        if group and (len(group) + 1) * len(rows[i].input_ids) > budget:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+    return RowScore(row.line, score, danger, safety, len(row.input_ids), trained, error)
 
 
 def _same(one: LoraFactors, other: LoraFactors) -> bool:
