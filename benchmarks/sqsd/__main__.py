@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -47,9 +46,7 @@ def main(
             shown += " (missed)"
         table.add_row(name, shown, "" if bar is None else str(bar), note)
     Console(width=160).print(table)
-    Console().print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor()}"
-    )
+    Console().print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if json_file is not None:
         json_file.write_text(json.dumps(run.numbers, indent=1) + "\n")
 

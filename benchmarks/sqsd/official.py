@@ -33,7 +33,9 @@ class OfficialPass:
     def __init__(self, model_dir: Path, projection: Projection, dtype: torch.dtype) -> None:
         names = list(projection.state.factors)
         rank = projection.state.factors[names[0]][0].shape[0]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0)
+        config = LoraConfig(r=rank, target_modules=names, lora_dropout=0.0)
+        # A state is set by peft's scale with B as it is: the update's two terms depend on B's size.
+        config.lora_alpha = projection.state.scale * rank
         self.model = get_peft_model(load_model(model_dir), config)
         start_at(self.model, projection.state)
         self.model.to(dtype)
