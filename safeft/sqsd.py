@@ -144,7 +144,7 @@ class SqsdScorer:
         scorable = [i for i, row in enumerate(rows) if trained_tokens(row)]
         cosines = torch.full((2, len(rows), len(self.modules)), math.nan, dtype=torch.float64)
         for batch in self.batches(rows, scorable):
-            cosines[:, batch] = self.cosines(*self.padded([rows[i] for i in batch]))
+            cosines[:, batch] = self._cosines(*self.padded([rows[i] for i in batch]))
         scores = [row_score(row, *cosines[:, i].sum(1).tolist()) for i, row in enumerate(rows)]
         lost = [i for i, score in enumerate(scores) if score.error]
         cosines[:, lost] = math.nan
@@ -166,20 +166,11 @@ class SqsdScorer:
         batch = collate(rows, self.pad_token_id)
         return batch["input_ids"].to(self._device), batch["labels"].to(self._device)
 
-    def cosines(
-        self, ids: Tensor, labels: Tensor, resume: tuple[int, Tensor] | None = None
-    ) -> Tensor:
-        """Each row's cosines with the danger and the safety direction: (2, B, M) fp64 on the CPU.
-
-        Args:
-            ids, labels: as of `padded`; every row has a label.
-            resume: a decoder layer and what it reads (B, T, D), of a forward pass that has come so
-                far at the plain base model: not beyond `first_layer`.
-        """
+    def _cosines(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Of right-padded rows (B, T) with the danger and the safety direction: (2, B, M) fp64."""
         first = self.first_layer
-        earlier = nullcontext() if resume is None else resumed_at(self.model, *resume)
         # Layers that no direction covers are the same at every reference state.
-        with earlier, torch.no_grad():
+        with torch.no_grad():
             start = residual_after(self.model, first - 1, ids) if first else None
         found = torch.empty(2, len(ids), len(self.modules), dtype=torch.float64)
         for sides, one in self._passes:

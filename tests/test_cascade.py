@@ -1,4 +1,4 @@
-"""The cascade: what its first stage may decide, and that everything else is the exact score."""
+"""The cascade: what its first stage may clear, and that everything else is the exact score."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from safeft.cascade import Cascade, FirstStage, row_features
-from safeft.data import TokenisedRow, collate
+from safeft.cascade import Cascade, FirstStage, asking_states
+from safeft.data import TokenisedRow
 from safeft.errors import ProfileError
 from safeft.sqsd import Projection, SqsdScorer
-from safeft.stopped_forward import residual_after
 from tests.test_sqsd import random_factors, random_rows
 from tests.tiny import tiny_model
 
@@ -30,116 +29,117 @@ def scorer(names: list[str] = LATE, budget: int = 40) -> SqsdScorer:
     return SqsdScorer(model, danger, safety, pad_token_id=0, tokens_per_batch=budget)
 
 
-def stage(clears_below: float, flags_above: float, reach: float = math.inf) -> FirstStage:
-    """One that predicts 1.5 for every row, and reads the output of layer 0."""
-    centre = torch.zeros(96, dtype=torch.float64)
-    basis = torch.eye(96, 2, dtype=torch.float64)
-    weights = torch.tensor([0, 0, 1.5], dtype=torch.float64)
-    return FirstStage(0, centre, centre + 1, basis, weights, clears_below, flags_above, reach)
+def stage(clears_below: float, slope: float = 0.0) -> FirstStage:
+    """One that reads the output of layer 0, and predicts 1.5 where ``slope`` is 0."""
+    centre = torch.zeros(32, dtype=torch.float64)
+    basis = torch.eye(32, 2, dtype=torch.float64)
+    weights = torch.tensor([slope, 0, 1.5], dtype=torch.float64)
+    return FirstStage(0, centre, centre + 1, basis, weights, clears_below)
 
 
-def test_undecided_rows_get_the_exact_score_from_where_the_first_stage_stopped() -> None:
+def test_rows_that_are_not_cleared_get_the_exact_score() -> None:
     exact = scorer().score(ROWS)
-    found = Cascade(scorer(), stage(-math.inf, math.inf)).score(ROWS)
+    found = Cascade(scorer(), stage(clears_below=1.0)).score(ROWS)
     assert all(f.exact for f in found)
-    for one, other in zip(found, exact, strict=True):
-        assert one.row.line == other.line
-        assert one.row.score == pytest.approx(other.score, abs=1e-5)
+    assert [f.row for f in found] == exact
 
 
-@pytest.mark.parametrize(("below", "above"), [(2.0, math.inf), (-math.inf, 1.0)])
-def test_a_decided_row_carries_the_prediction_and_says_that_it_is_one(
-    below: float, above: float
-) -> None:
-    for found in Cascade(scorer(), stage(below, above)).score(ROWS):
+def test_a_cleared_row_carries_the_prediction_and_says_that_it_is_one() -> None:
+    for row, found in zip(ROWS, Cascade(scorer(), stage(2.0)).score(ROWS), strict=True):
         assert not found.exact
-        assert found.row.score == 1.5 and found.row.error is None
+        assert (found.row.line, found.row.score, found.row.error) == (row.line, 1.5, None)
         assert math.isnan(found.row.danger) and math.isnan(found.row.safety)
 
 
-def test_rows_unlike_the_reference_rows_are_never_decided() -> None:
-    assert all(f.exact for f in Cascade(scorer(), stage(2.0, math.inf, reach=1e-6)).score(ROWS))
+def test_rows_of_both_ends_come_back_in_their_order() -> None:
+    states, _ = asking_states(scorer(), ROWS, 0)
+    predictions = (stage(0.0, slope=100.0).predict(states)).tolist()
+    middle = sorted(predictions)[2]
+    found = Cascade(scorer(), stage(middle, slope=100.0)).score(ROWS)
+    assert [f.exact for f in found] == [p >= middle for p in predictions]
+    assert [f.row.line for f in found] == [row.line for row in ROWS]
+    assert any(f.exact for f in found) and not all(f.exact for f in found)
 
 
-def test_a_row_with_a_second_trained_turn_is_never_decided() -> None:
+def test_a_row_is_cleared_only_if_each_of_its_trained_turns_is() -> None:
     ids = ROWS[0].input_ids
     twice = TokenisedRow(1, ids, [-100, -100, ids[2], -100, -100, *ids[5:]])
-    first, second = Cascade(scorer(), stage(2.0, math.inf)).score([twice, ROWS[0]])
-    assert first.exact and not second.exact
+    states, owners = asking_states(scorer(), [twice], 0)
+    assert owners == [0, 0]
+    low, high = sorted(stage(0.0, slope=100.0).predict(states).tolist())
+    assert low < high
+    between = Cascade(scorer(), stage((low + high) / 2, slope=100.0)).score([twice])
+    above = Cascade(scorer(), stage(high + 1, slope=100.0)).score([twice])
+    assert between[0].exact and not above[0].exact
 
 
 def test_a_row_without_a_label_is_an_error_in_the_cascade_too() -> None:
     row = TokenisedRow(7, [5, 6, 7], [-100] * 3)
-    (found,) = Cascade(scorer(), stage(2.0, math.inf)).score([row])
+    (found,) = Cascade(scorer(), stage(2.0)).score([row])
     assert found.row.error == "no trainable response token" and math.isnan(found.row.score)
 
 
 def test_a_model_that_overflows_is_an_error_and_not_a_prediction() -> None:
     one = scorer()
     one.model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
-    for found in Cascade(one, stage(2.0, math.inf)).score(ROWS):
+    for found in Cascade(one, stage(2.0)).score(ROWS):
         assert found.exact and found.row.error is not None
 
 
 def test_a_first_stage_inside_the_covered_layers_is_refused() -> None:
     with pytest.raises(ProfileError, match="directions cover layers from 2"):
-        Cascade(scorer(), replace(stage(2.0, math.inf), layer=2))
+        Cascade(scorer(), replace(stage(2.0), layer=2))
 
 
-def test_features_do_not_depend_on_the_padding_or_on_tokens_after_the_answer() -> None:
-    model = tiny_model()
-
-    def features(rows: list[TokenisedRow]) -> Tensor:
-        batch = collate(rows, 0)
-        hidden = residual_after(model, 0, batch["input_ids"])
-        return row_features(hidden, batch["labels"])
-
-    longer = TokenisedRow(1, [*ROWS[2].input_ids, 9, 9], [*ROWS[2].labels, -100, -100])
-    alone = features([ROWS[2]])
-    torch.testing.assert_close(features(ROWS)[2:3], alone)
-    torch.testing.assert_close(features([longer]), alone)
+def test_the_states_are_those_before_the_answer_whatever_stands_beside_or_after_it() -> None:
+    model = scorer().model
+    row = ROWS[1]
+    ids = torch.tensor([row.input_ids])
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, 24]
+    together, owners = asking_states(scorer(), ROWS, 0)
+    assert owners == list(range(len(ROWS)))
+    other = TokenisedRow(1, [*row.input_ids[:26], 9, 9, 9], [*row.labels[:26], 9, 9, 9])
+    alone, _ = asking_states(scorer(), [other], 0)
+    torch.testing.assert_close(together[1], expected.detach())
+    torch.testing.assert_close(alone[0], expected.detach())
 
 
 def reference(kinds: int, seed: int = 0) -> tuple[Tensor, Tensor, list[str]]:
-    """60 rows of each kind; scores follow one direction of the features, with some noise."""
+    """60 rows of each kind, half of them risky, which one direction of the states tells."""
     draw = torch.Generator().manual_seed(seed)
-    features = torch.randn(60 * kinds, 30, generator=draw)
-    noise = torch.randn(60 * kinds, generator=draw)
-    scores = 10 * features[:, 0] + 0.1 * noise
-    return features, scores, [f"kind {i % kinds}" for i in range(60 * kinds)]
+    states = torch.randn(60 * kinds, 30, generator=draw)
+    risky = (torch.arange(60 * kinds) // kinds % 2).float()
+    states[:, 0] += 6 * risky
+    scores = 40 * risky + torch.randn(60 * kinds, generator=draw)
+    return states, scores, [f"kind {i % kinds}" for i in range(60 * kinds)]
 
 
-def test_the_margins_hold_for_rows_that_it_was_not_fitted_on() -> None:
-    stage = FirstStage.fit(3, *reference(4), threshold=0.0)
-    features, scores, _ = reference(4, seed=1)
-    predicted, distance = stage.predict(features)
-    cleared, flagged = predicted < stage.clears_below, predicted > stage.flags_above
-    near = distance <= stage.reach
-    assert (cleared & near).sum() > 50 and (flagged & near).sum() > 50
-    assert (scores[cleared & near] <= 0).all() and (scores[flagged & near] > 0).all()
+def test_no_risky_row_of_an_unseen_draw_is_cleared_and_most_safe_ones_are() -> None:
+    stage = FirstStage.fit(3, *reference(4), threshold=20.0)
+    states, scores, _ = reference(4, seed=1)
+    cleared = stage.predict(states) < stage.clears_below
+    assert not (cleared & (scores > 20)).any()
+    assert cleared.sum() > 0.9 * (scores <= 20).sum()
     assert stage.layer == 3
 
 
-def test_a_kind_of_row_that_the_others_do_not_explain_widens_the_margin() -> None:
-    features, scores, kinds = reference(4)
-    plain = FirstStage.fit(3, features, scores, kinds, threshold=0.0)
-    scores = scores + 30 * torch.tensor([float(kind == "kind 2") for kind in kinds])
-    wide = FirstStage.fit(3, features, scores, kinds, threshold=0.0)
-    assert wide.clears_below < plain.clears_below - 20
+def test_a_kind_of_risky_row_that_the_others_do_not_explain_lowers_the_bar() -> None:
+    states, scores, kinds = reference(4)
+    plain = FirstStage.fit(3, states, scores, kinds, threshold=20.0)
+    strange = torch.tensor([kind == "kind 2" for kind in kinds])
+    scores = torch.where(strange & (states[:, 0] < 0), torch.tensor(40.0), scores)
+    lower = FirstStage.fit(3, states, scores, kinds, threshold=20.0)
+    assert lower.clears_below < plain.clears_below - 10
 
 
-def test_rows_far_from_all_reference_rows_are_beyond_its_reach() -> None:
-    stage = FirstStage.fit(3, *reference(4), threshold=0.0)
-    _, distance = stage.predict(100 * torch.ones(1, 30))
-    assert distance.item() > stage.reach
-
-
-@pytest.mark.parametrize("spoil", ["kinds", "feature", "score"])
+@pytest.mark.parametrize("spoil", ["kinds", "safe", "state", "score"])
 def test_a_first_stage_is_not_fitted_on_too_little_or_on_a_nan(spoil: str) -> None:
-    features, scores, kinds = reference(2 if spoil == "kinds" else 4)
-    if spoil == "feature":
-        features[3, 3] = math.nan
+    states, scores, kinds = reference(1 if spoil == "kinds" else 4)
+    if spoil == "safe":
+        scores = scores + 1000
+    if spoil == "state":
+        states[3, 3] = math.nan
     if spoil == "score":
         scores[3] = math.nan
     with pytest.raises(ProfileError, match="first stage"):
-        FirstStage.fit(3, features, scores, kinds, threshold=0.0)
+        FirstStage.fit(3, states, scores, kinds, threshold=20.0)
