@@ -12,7 +12,7 @@ from safeft.data.tokenise import IGNORED
 from safeft.errors import ModelError
 
 #: Logits formed at a time. On a CPU they stay in its caches; a GPU wants larger products.
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
+CPU_LOGITS, GPU_LOGITS = 2**22, 2**27
 
 
 class LabelHead:
@@ -63,7 +63,8 @@ class LabelHead:
         weights = (1.0 / wanted.sum(1)).unsqueeze(1).expand_as(wanted)[wanted]  # (n,)
         chosen, classes = hidden[:, :-1][wanted], targets[wanted]  # (n, D), (n,)
         weight = self._head.weight
-        step = max(1, LOGITS_AT_ONCE[hidden.device.type] // weight.shape[0])
+        at_once = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
+        step = max(1, at_once // weight.shape[0])
         exact = torch.promote_types(hidden.dtype, torch.float32)
         parts = []
         for start in range(0, len(classes), step):

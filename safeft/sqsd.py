@@ -88,7 +88,8 @@ class ModuleCosines:
 class SqsdScorer:
     """Scores rows against two projections with one model instance.
 
-    The covered layers are held once as they are and once for each reference state.
+    The covered layers are held once as they are and once for each reference state. Not for several
+    threads at a time.
 
     Args:
         model: the frozen base model; its linear layers are swapped while scoring and restored.
@@ -122,13 +123,16 @@ class SqsdScorer:
         self.tokens_per_batch = tokens_per_batch or (4096 if self._device.type == "cuda" else 1024)
         self.modules = tuple(danger.state.factors)
         self._head = LabelHead(model)
-        sides = {0: danger, 1: safety}
+        sides = (danger, safety)
         groups = [[0, 1]] if _same(danger.state, safety.state) else [[0], [1]]
         self._passes = [
             (
                 group,
                 ReferencePass(
-                    model, sides[group[0]].state, [sides[side].direction for side in group]
+                    model,
+                    self.modules,
+                    sides[group[0]].state,
+                    [sides[side].direction for side in group],
                 ),
             )
             for group in groups

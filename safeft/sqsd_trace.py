@@ -30,22 +30,29 @@ class ReferencePass:
 
     Args:
         model: a causal language model of transformers, frozen.
+        names: the covered modules, in the order of the results.
         state: the adapter that gradients are taken at.
         directions: what its modules' updates are compared with, each on the same modules.
     """
 
-    def __init__(self, model: Any, state: LoraFactors, directions: Sequence[LoraFactors]) -> None:
-        modules = linear_modules(model, list(state.factors))
+    def __init__(
+        self,
+        model: Any,
+        names: Sequence[str],
+        state: LoraFactors,
+        directions: Sequence[LoraFactors],
+    ) -> None:
+        modules = linear_modules(model, list(names))
         self.layers = [
             LayerTrace(
                 self,
                 index,
                 modules[name],
-                pair,
+                state.factors[name],
                 state.scale,
                 [direction.factors[name] for direction in directions],
             )
-            for index, (name, pair) in enumerate(state.factors.items())
+            for index, name in enumerate(names)
         ]
         targets = {id(module) for module in modules.values()}
         blocks = decoder_layers(model.get_decoder())[1]

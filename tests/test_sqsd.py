@@ -150,6 +150,18 @@ def test_each_modules_cosine_agrees_with_the_oracle_and_they_sum_to_the_score() 
         assert scores[i].score == pytest.approx(total, abs=1e-12)
 
 
+def test_the_order_of_modules_in_an_adapter_does_not_matter() -> None:
+    danger = Projection(random_factors(1, 4), random_factors(2, 3))
+    safety = Projection(random_factors(3, 4), random_factors(4, 5))
+    turned = Projection(
+        *(LoraFactors(f.scale, dict(reversed(f.factors.items()))) for f in sides(safety))
+    )
+    rows = random_rows(5, [(3, 20)])
+    _, one = scorer(danger, safety, torch.float64).score_by_module(rows)
+    _, other = scorer(danger, turned, torch.float64).score_by_module(rows)
+    assert torch.equal(one.safety, other.safety)
+
+
 def test_a_row_without_a_score_has_no_module_scores_either() -> None:
     projection = Projection(random_factors(1, 2), random_factors(2, 2))
     rows = [TokenisedRow(7, [5, 6, 7], [-100] * 3), *random_rows(0, [(3, 3)])]
