@@ -2,8 +2,9 @@
 
 SQSD is high where a row trains compliance at a place where the model would refuse. Whether it would
 is visible before the answer's first token, in the hidden state of a middle layer. The first stage
-runs the lower layers over the prompt alone and predicts from that state. Rows far on the safe side
-are cleared; every other row is scored by SQSD, and so is a row whose prediction is not finite.
+runs the base model's lower layers over the prompt alone and predicts from that state. Rows far on
+the safe side are cleared; every other row is scored by SQSD, and so is a row whose prediction is
+not finite.
 
 How far is far enough is measured, not chosen: each kind of reference row is predicted by a first
 stage that has seen the other kinds only, and the bar lies below every risky row's prediction.
@@ -124,18 +125,9 @@ class CascadeScore:
 
 
 class Cascade:
-    """The first stage and the exact scorer on one model, for verdicts on rows.
-
-    Raises:
-        ProfileError: the first stage reads a layer that the directions cover.
-    """
+    """The first stage and the exact scorer on one model, for verdicts on rows."""
 
     def __init__(self, scorer: SqsdScorer, stage: FirstStage) -> None:
-        if stage.layer >= scorer.first_layer:
-            raise ProfileError(
-                f"the first stage reads decoder layer {stage.layer}; the directions cover layers "
-                f"from {scorer.first_layer} on, which differ between reference states"
-            )
         self.scorer, self.stage = scorer, stage
 
     def score(self, rows: Sequence[TokenisedRow]) -> list[CascadeScore]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -84,11 +83,6 @@ def test_a_model_that_overflows_is_an_error_and_not_a_prediction() -> None:
     one.model.model.layers[0].mlp.down_proj.weight.data.fill_(float("inf"))
     for found in Cascade(one, stage(2.0)).score(ROWS):
         assert found.exact and found.row.error is not None
-
-
-def test_a_first_stage_inside_the_covered_layers_is_refused() -> None:
-    with pytest.raises(ProfileError, match="directions cover layers from 2"):
-        Cascade(scorer(), replace(stage(2.0), layer=2))
 
 
 def test_the_states_are_those_before_the_answer_whatever_stands_beside_or_after_it() -> None:

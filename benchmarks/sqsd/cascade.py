@@ -98,8 +98,8 @@ def over_official(run: Run) -> None:
 
 
 def first_stage(run: Run, scorer: SqsdScorer, threshold: float) -> FirstStage:
-    """Fitted on the profile's reference rows, at the last layer below the directions."""
-    count = 24 if run.quick else 120
+    """Fitted on the profile's reference rows, at the first layer that the directions cover."""
+    count = 48 if run.quick else 120
     rows: list[TokenisedRow] = []
     kinds: list[str] = []
     for half in (Half(builds=True), Half(builds=False)):
@@ -120,14 +120,13 @@ def first_stage(run: Run, scorer: SqsdScorer, threshold: float) -> FirstStage:
     for start in range(0, len(rows), 64):
         run.progress("cascade: exact scores of reference rows", start, len(rows))
         scores += [score.score for score in scorer.score(rows[start : start + 64])]
-    layer = scorer.first_layer - 1
-    states, _ = asking_states(scorer, rows, layer)
-    return FirstStage.fit(layer, states, torch.tensor(scores), kinds, threshold)
+    states, _ = asking_states(scorer, rows, scorer.first_layer)
+    return FirstStage.fit(scorer.first_layer, states, torch.tensor(scores), kinds, threshold)
 
 
 def datasets(run: Run) -> dict[str, list[TokenisedRow]]:
     """Unseen ones, by name."""
-    count, tokenizer = (16 if run.quick else 120), run.tokenizer
+    count, tokenizer = (24 if run.quick else 120), run.tokenizer
     prompts = {
         kind: [p.text for p in spread(load_prompts(kind, "validation"), count)]
         for kind in ("harmful", "benign", "borderline")
