@@ -6,8 +6,8 @@ A linear layer with frozen weight W + s*B@A reads x (T, d_in) of a row and gets 
     gradB^T = (x A^T)^T delta   (r, d_out)        gradA = (delta B)^T x   (r, d_in)
 
 up to the scale s, which a cosine does not see. With a direction V = P@Q every inner product of
-``gradB @ A + B @ gradA`` is a sum over r x r and r x q matrices (shared/methods section 3), so
-nothing of size d_out x d_in is formed for a row.
+``gradB @ A + B @ gradA`` is a sum over r x r and r x q matrices, so nothing of size d_out x d_in is
+formed for a row.
 """
 
 from __future__ import annotations
