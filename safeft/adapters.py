@@ -114,8 +114,12 @@ def linear_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Linear]:
     chosen: dict[str, nn.Linear] = {}
     for name in names:
         module = found.get(name)
-        if not isinstance(module, nn.Linear):
+        if module is None:
             raise ModelError(f"the base model has no linear layer named {name}")
+        if not isinstance(module, nn.Linear):
+            raise ModelError(
+                f"{name} is a {type(module).__name__}; only nn.Linear layers can be adapted here"
+            )
         chosen[name] = module
     return chosen
 

@@ -7,26 +7,30 @@ direction that harmful tuning took and with the direction that safety tuning too
     SQSD(z) = sum_m cos(dW_m(z), V_danger,m) - cos(dW_m(z), V_safety,m)
 
 Each cosine is taken at a reference state; where both have the same one, a single pass serves both.
-Nothing of size d_out x d_in is formed per row: the base is frozen, the adapter is merged for a
-batch of rows, and one autograd function per linear layer reduces each row's gradients to r x r and
-r x q traces during the backward pass, which ends at the first layer that a direction covers.
+Nothing of size d_out x d_in is formed per row (safeft/sqsd_trace.py): the base is frozen, the
+adapter is merged once, and one backward pass over a padded batch, which ends at the first layer
+that a direction covers, leaves every row's cosines. Logits are made at label positions only, a few
+at a time (safeft/label_head.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from safeft.adapters import LoraFactors, linear_modules, require_plain_head
+from safeft.adapters import LoraFactors
 from safeft.data import TokenisedRow, collate, token_batches
+from safeft.data.tokenise import IGNORED
 from safeft.errors import ProfileError
+from safeft.label_head import LabelHead
+from safeft.sqsd_trace import ReferencePass
+from safeft.stopped_forward import residual_after, resumed_at
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,36 @@ class RowScore:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class ModuleCosines:
+    """Where a row's score comes from.
+
+    Attributes:
+        names: the M modules of the directions.
+        danger, safety: each row's cosine with the direction, module by module: (N, M) fp64 on the
+            CPU, NaN where the row has no score.
+    """
+
+    names: tuple[str, ...]
+    danger: Tensor
+    safety: Tensor
+
+
 class SqsdScorer:
     """Scores rows against two projections with one model instance.
 
+    The covered layers are held once as they are and once for each reference state. Not for several
+    threads at a time.
+
     Args:
-        model: the frozen base model; its linear weights are swapped while scoring and restored.
+        model: the frozen base model; its linear layers are swapped while scoring and restored.
         danger, safety: the two projections, see methods of the profile.
-        tokens_per_batch: padded tokens that go through the model at a time.
+        tokens_per_batch: padded tokens that go through the model at a time; by default as many as
+            keep a CPU's caches, or a GPU, busy.
+
+    Raises:
+        ModelError: the model changes its logits after its head, or is not one of linear layers.
+        ProfileError: the projections cover different modules.
     """
 
     def __init__(
@@ -82,199 +109,95 @@ class SqsdScorer:
         safety: Projection,
         *,
         pad_token_id: int,
-        tokens_per_batch: int = 1024,
+        tokens_per_batch: int | None = None,
     ) -> None:
-        require_plain_head(model)
+        if danger.state.factors.keys() != safety.state.factors.keys():
+            raise ProfileError(
+                "SQSD: the danger and the safety projection cover different modules; "
+                "rebuild the profile with `safeft profile build`"
+            )
         self.model: Any = model.eval()
         self.model.requires_grad_(False)
         self.pad_token_id = pad_token_id
-        self.tokens_per_batch = tokens_per_batch
-        parameter = next(model.parameters())
-        where = parameter.device, parameter.dtype
-        columns = {0: danger, 1: safety}
+        self._device = next(model.parameters()).device
+        self.tokens_per_batch = tokens_per_batch or (4096 if self._device.type == "cuda" else 1024)
+        self.modules = tuple(danger.state.factors)
+        self._head = LabelHead(model)
+        sides = (danger, safety)
         groups = [[0, 1]] if _same(danger.state, safety.state) else [[0], [1]]
         self._passes = [
-            _Pass(
-                model,
-                columns[group[0]].state.to(*where),
-                {column: columns[column].direction.to(*where) for column in group},
+            (
+                group,
+                ReferencePass(
+                    model,
+                    self.modules,
+                    sides[group[0]].state,
+                    [sides[side].direction for side in group],
+                ),
             )
             for group in groups
         ]
+        self.first_layer = self._passes[0][1].first_layer
 
     def score(self, rows: Sequence[TokenisedRow]) -> list[RowScore]:
         """SQSD of each row, in the order given. Source: paper section 3, algorithm 1."""
-        scorable = [
-            i for i, row in enumerate(rows) if any(label != -100 for label in row.labels[1:])
-        ]
-        lengths = [len(row.input_ids) for row in rows]
-        batches = token_batches(lengths, self.tokens_per_batch, among=scorable)
-        sums = torch.full((len(rows), 2), math.nan, dtype=torch.float64)
-        for one in self._passes:
-            with one.merged():
-                for batch in batches:
-                    cosines = self._cosine_sums([rows[i] for i in batch], one)
-                    for column, values in cosines.items():
-                        sums[batch, column] = values
-        return [self._result(row, *sums[i].tolist()) for i, row in enumerate(rows)]
+        return self.score_by_module(rows)[0]
 
-    def _cosine_sums(self, rows: list[TokenisedRow], one: _Pass) -> dict[int, Tensor]:
-        """For each column the sum over modules of the cosine, per row: (B,) fp64."""
+    def score_by_module(self, rows: Sequence[TokenisedRow]) -> tuple[list[RowScore], ModuleCosines]:
+        """SQSD of each row, and the cosines that it is the sum of."""
+        scorable = [i for i, row in enumerate(rows) if trained_tokens(row)]
+        cosines = torch.full((2, len(rows), len(self.modules)), math.nan, dtype=torch.float64)
+        for batch in self.batches(rows, scorable):
+            cosines[:, batch] = self._cosines(*self.padded([rows[i] for i in batch]))
+        scores = [row_score(row, *cosines[:, i].sum(1).tolist()) for i, row in enumerate(rows)]
+        lost = [i for i, score in enumerate(scores) if score.error]
+        cosines[:, lost] = math.nan
+        return scores, ModuleCosines(self.modules, cosines[0], cosines[1])
+
+    def batches(self, rows: Sequence[TokenisedRow], indices: Iterable[int]) -> list[list[int]]:
+        """Indices grouped by length: up to `tokens_per_batch` padded tokens, or one row."""
+        return token_batches([len(row.input_ids) for row in rows], self.tokens_per_batch, indices)
+
+    def padded(self, rows: list[TokenisedRow]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels on the model's device, padded on the right: (B, T) each."""
         batch = collate(rows, self.pad_token_id)
-        device = next(self.model.parameters()).device
-        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)  # (B, T)
-        one.begin(len(rows))
-        with torch.enable_grad():
-            # Right padding under causal attention: pads come after every label, so they get a
-            # gradient of exactly zero and need no mask.
-            hidden = self.model.get_decoder()(input_ids=ids, use_cache=False)
-            shifted = hidden.last_hidden_state[:, :-1]  # (B, T-1, D)
-            targets = labels[:, 1:]
-            wanted = targets != -100
-            logits = self.model.get_output_embeddings()(shifted[wanted])  # (n, vocab)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nll = F.cross_entropy(logits, targets[wanted], reduction="none")  # (n,)
-            per_token = (1.0 / wanted.sum(1)).unsqueeze(1).expand_as(wanted)[wanted]
-            # Rows do not interact, so the gradient of the sum holds every row's own gradient.
-            torch.autograd.grad((nll * per_token).sum(), one.first_input)
-        return one.end()
+        return batch["input_ids"].to(self._device), batch["labels"].to(self._device)
 
-    def _result(self, row: TokenisedRow, danger: float, safety: float) -> RowScore:
-        trained = sum(label != -100 for label in row.labels[1:])
-        score, error = danger - safety, None
-        if trained == 0:
-            error = "no trainable response token"
-        elif not math.isfinite(score):
-            error = "the gradient is zero or not finite"
-            score = danger = safety = math.nan
-        return RowScore(row.line, score, danger, safety, len(row.input_ids), trained, error)
+    def _cosines(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Of right-padded rows (B, T) with the danger and the safety direction: (2, B, M) fp64."""
+        first = self.first_layer
+        # Layers that no direction covers are the same at every reference state.
+        with torch.no_grad():
+            start = residual_after(self.model, first - 1, ids) if first else None
+        found = torch.empty(2, len(ids), len(self.modules), dtype=torch.float64)
+        for sides, one in self._passes:
+            one.begin(ids.shape[0], ids.shape[1], self._device)
+            onwards = nullcontext() if start is None else resumed_at(self.model, first, start)
+            with onwards, one.installed(), torch.enable_grad():
+                # Right padding under causal attention: pads come after every label, so they get a
+                # gradient of exactly zero and need no mask.
+                hidden = self._head.hidden(ids)  # (B, T, D)
+            # Rows do not interact, so the gradient of the sum of their losses holds every row's.
+            gradient = self._head.gradient(hidden.detach(), labels)
+            torch.autograd.grad(hidden, one.first_input, gradient)
+            found[sides] = one.end()
+        return found
 
 
-class _Pass:
-    """One reference state merged into the model, and the traces its backward pass collects."""
-
-    def __init__(
-        self, model: Any, state: LoraFactors, directions: Mapping[int, LoraFactors]
-    ) -> None:
-        self.scale, self.columns = state.scale, tuple(directions)
-        modules = linear_modules(model, list(state.factors))
-        self.layers = [
-            _Layer(self, modules[name], a, b, [d.factors[name] for d in directions.values()])
-            for name, (a, b) in state.factors.items()
-        ]
-        targets = {id(module) for module in modules.values()}
-        self.first_block = next(
-            block
-            for block in model.get_decoder().layers
-            if any(id(module) in targets for module in block.modules())
-        )
-        self.first_input = torch.empty(0)
-        self.sums = torch.zeros(0, 0, dtype=torch.float64)
-        self.seen: set[int] = set()
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Run every target layer as W + scale*B@A with trace collection, then restore it."""
-        hook = self.first_block.register_forward_pre_hook(self._start_graph)
-        try:
-            for layer in self.layers:
-                layer.install()
-            yield
-        finally:
-            hook.remove()
-            for layer in self.layers:
-                layer.restore()
-
-    def _start_graph(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self.first_input = args[0].detach().requires_grad_()  # (B, T, D)
-        return (self.first_input, *args[1:])
-
-    def begin(self, rows: int) -> None:
-        self.sums = torch.zeros(len(self.columns), rows, dtype=torch.float64)
-        self.seen = set()
-
-    def end(self) -> dict[int, Tensor]:
-        if len(self.seen) != len(self.layers):
-            # Without its cosine a row would score too low, which must never pass for safe.
-            raise ProfileError("SQSD: a layer of the directions took no part in the backward pass")
-        return dict(zip(self.columns, self.sums, strict=True))
+def trained_tokens(row: TokenisedRow) -> int:
+    """How many of its tokens carry loss; the first one cannot, nothing predicts it."""
+    return sum(label != IGNORED for label in row.labels[1:])
 
 
-class _Direction:
-    """One module's direction P (d_out, q) @ Q (q, d_in), and its products with the state."""
-
-    def __init__(self, a64: Tensor, b64: Tensor, q: Tensor, p: Tensor) -> None:
-        self.q, self.p = q, p
-        p64, q64 = p.double(), q.double()
-        self.aq, self.bp = a64 @ q64.T, b64.T @ p64  # (r, q)
-        self.norm = ((p64.T @ p64) * (q64 @ q64.T)).sum().sqrt()
-
-    def dot(self, gb_t: Tensor, ga: Tensor) -> Tensor:
-        """<gradB @ A + B @ gradA, P @ Q> per row: (B,) fp64."""
-        gb_p, ga_q = (gb_t @ self.p).double(), (ga @ self.q.T).double()  # (B, r, q)
-        return (gb_p * self.aq).sum((1, 2)) + (self.bp * ga_q).sum((1, 2))
-
-
-class _Layer:
-    def __init__(
-        self,
-        owner: _Pass,
-        linear: nn.Linear,
-        a: Tensor,
-        b: Tensor,
-        directions: Sequence[tuple[Tensor, Tensor]],
-    ) -> None:
-        self.owner, self.linear = owner, linear
-        self.a, self.b = a, b  # state: A (r, d_in), B (d_out, r)
-        a64, b64 = a.double(), b.double()
-        self.aa, self.bb = a64 @ a64.T, b64.T @ b64  # (r, r)
-        self.directions = [_Direction(a64, b64, q, p) for q, p in directions]
-        self.weight = linear.weight.detach()
-
-    def install(self) -> None:
-        merged = self.weight + self.owner.scale * (self.b @ self.a)
-        bias = self.linear.bias
-
-        def forward(x: Tensor) -> Tensor:
-            return _TracedLinear.apply(x, merged, bias, self)  # type: ignore[no-any-return,no-untyped-call]
-
-        self.linear.forward = forward  # type: ignore[method-assign,assignment]
-
-    def restore(self) -> None:
-        self.linear.__dict__.pop("forward", None)
-
-    def collect(self, x: Tensor, delta: Tensor) -> None:
-        """Add this layer's cosine per row. ``x`` (B, T, d_in), ``delta`` (B, T, d_out)."""
-        u = x @ self.a.T  # (B, T, r)
-        w = delta @ self.b  # (B, T, r)
-        # gradB^T = scale * u^T delta, gradA = scale * w^T x; one scale cancels in the cosine.
-        gb_t = torch.bmm(u.transpose(1, 2), delta)  # (B, r, d_out)
-        ga = torch.bmm(w.transpose(1, 2), x)  # (B, r, d_in)
-        gb_gb = torch.bmm(gb_t, gb_t.transpose(1, 2)).double()  # (B, r, r)
-        ga_ga = torch.bmm(ga, ga.transpose(1, 2)).double()
-        bt_gb = (gb_t @ self.b).double().transpose(1, 2)  # B^T gradB
-        ga_at = (ga @ self.a.T).double()
-        square = (gb_gb * self.aa + 2 * bt_gb * ga_at + self.bb * ga_ga).sum((1, 2))
-        norm = square.clamp_min(0).sqrt()
-        for sums, direction in zip(self.owner.sums, self.directions, strict=True):
-            sums += (-direction.dot(gb_t, ga) / (norm * direction.norm)).cpu()
-        self.owner.seen.add(id(self))
-
-
-class _TracedLinear(torch.autograd.Function):
-    """A linear layer with frozen weight whose backward hands (x, delta) to its collector."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.layer.collect(x, grads[0])
-        return grads[0] @ weight, None, None, None
+def row_score(row: TokenisedRow, danger: float, safety: float) -> RowScore:
+    """The result for a row, an error where it has no score."""
+    score, error, trained = danger - safety, None, trained_tokens(row)
+    if not trained:
+        error = "no trainable response token"
+    elif not math.isfinite(score):
+        error = "the gradient is zero or not finite"
+        score = danger = safety = math.nan
+    return RowScore(row.line, score, danger, safety, len(row.input_ids), trained, error)
 
 
 def _same(one: LoraFactors, other: LoraFactors) -> bool:

@@ -1,8 +1,9 @@
-"""The residual stream after one decoder layer, at the price of the layers up to it."""
+"""The residual stream after one decoder layer, at the price of the layers up to it; and onwards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,48 @@ def last_positions_after(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     last = lengths[:, None] - positions + torch.arange(positions)  # (B, positions)
     return hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[2]).to(device))
+
+
+@contextmanager
+def resumed_at(model: Any, layer: int, residual: Tensor) -> Iterator[None]:
+    """Run the model's forward passes from one decoder layer on: what `residual_after` left out.
+
+    Layers before `layer` cost nothing, and `layer` reads `residual`; the model must be called with
+    the token ids that `residual` is of, since positions and masks come from them. Not for several
+    threads on one model at a time.
+
+    Args:
+        model: a transformers causal language model.
+        layer: 0-based decoder layer, below the number of layers.
+        residual: (B, T, d), what comes out of layer `layer` - 1.
+    """
+    _, layers = decoder_layers(model.get_decoder())
+
+    def skip(*_args: Any, **_kwargs: Any) -> Tensor:
+        return residual
+
+    def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return with_input(residual, args, kwargs)
+
+    skipped = list(layers[:layer])
+    hook = layers[layer].register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        for module in skipped:
+            module.forward = skip
+        yield
+    finally:
+        hook.remove()
+        for module in skipped:
+            module.__dict__.pop("forward", None)
+
+
+def with_input(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A decoder layer's arguments with another hidden state, for a forward pre-hook."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}
 
 
 def decoder_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,11 @@ NAMES = [
 ]
 
 
-def random_factors(seed: int, rank: int, names: list[str] = NAMES) -> LoraFactors:
+def random_factors(
+    seed: int, rank: int, names: list[str] = NAMES, model: Any = None
+) -> LoraFactors:
     draw = torch.Generator().manual_seed(seed)
-    modules = dict(tiny_model().named_modules())
+    modules = dict((model or tiny_model()).named_modules())
     factors = {}
     for name in names:
         d_out, d_in = modules[name].weight.shape
@@ -49,30 +52,36 @@ def random_rows(seed: int, lengths: list[tuple[int, int]]) -> list[TokenisedRow]
 
 
 def oracle(row: TokenisedRow, state: LoraFactors, direction: LoraFactors) -> float:
-    """sum_m cos(-(gradB A + B gradA), V_m) with every matrix formed, one row, fp64."""
-    model = tiny_model().double().requires_grad_(False)
+    return float(dense_cosines(tiny_model(), row, state, direction).sum())
+
+
+def dense_cosines(
+    model: Any, row: TokenisedRow, state: LoraFactors, direction: LoraFactors
+) -> Tensor:
+    """cos(-(gradB A + B gradA), V_m) for each module, every matrix formed, one row, fp64: (M,)."""
+    model = model.double().requires_grad_(False)
     leaves: dict[str, tuple[Tensor, Tensor]] = {}
     for name, (a, b) in state.factors.items():
         module = model.get_submodule(name)
         leaf_a, leaf_b = a.double().requires_grad_(), b.double().requires_grad_()
         leaves[name] = (leaf_a, leaf_b)
 
-        def forward(x: Tensor, w=module.weight, a=leaf_a, b=leaf_b) -> Tensor:  # type: ignore[no-untyped-def]
-            return x @ w.T + state.scale * (x @ a.T) @ b.T
+        def forward(x: Tensor, module=module, a=leaf_a, b=leaf_b) -> Tensor:  # type: ignore[no-untyped-def]
+            return F.linear(x, module.weight, module.bias) + state.scale * (x @ a.T) @ b.T
 
         module.forward = forward
     ids = torch.tensor([row.input_ids])
     logits = model(input_ids=ids).logits[0, :-1]
     targets = torch.tensor(row.labels[1:])
     F.cross_entropy(logits[targets != -100], targets[targets != -100]).backward()
-    total = 0.0
+    cosines = []
     for name, (a, b) in leaves.items():
         q, p = (t.double() for t in direction.factors[name])
         assert a.grad is not None and b.grad is not None
         update = -(b.grad @ a + b @ a.grad).detach()
         v = p @ q
-        total += float((update * v).sum() / (update.norm() * v.norm()))
-    return total
+        cosines.append((update * v).sum() / (update.norm() * v.norm()))
+    return torch.stack(cosines)
 
 
 def scorer(
@@ -114,6 +123,51 @@ def test_fp32_scores_stay_within_1e_4_of_the_oracle() -> None:
     for row, score in zip(rows, scorer(danger, safety, torch.float32).score(rows), strict=True):
         expected = oracle(row, *sides(danger)) - oracle(row, *sides(safety))
         assert score.score == pytest.approx(expected, abs=1e-4)
+
+
+def test_bf16_scores_stay_close_to_the_oracle_and_keep_its_order() -> None:
+    danger = Projection(random_factors(1, 4), random_factors(2, 4))
+    safety = Projection(random_factors(3, 4), random_factors(4, 4))
+    rows = random_rows(5, [(3, 40), (50, 2), (10, 10), (2, 8), (30, 30), (5, 5)])
+    scores = [s.score for s in scorer(danger, safety, torch.bfloat16).score(rows)]
+    expected = [oracle(r, *sides(danger)) - oracle(r, *sides(safety)) for r in rows]
+    assert scores == pytest.approx(expected, abs=0.02)  # of a range of 2 * 2 * 8
+    assert not all(abs(a - b) < 1e-5 for a, b in zip(scores, expected, strict=True))
+
+
+def test_each_modules_cosine_agrees_with_the_oracle_and_they_sum_to_the_score() -> None:
+    danger = Projection(random_factors(1, 4), random_factors(2, 3))
+    safety = Projection(random_factors(3, 4), random_factors(4, 5))
+    rows = random_rows(5, [(3, 20), (25, 4), (4, 4)])
+    scores, modules = scorer(danger, safety, torch.float64).score_by_module(rows)
+    assert modules.names == tuple(NAMES)
+    for i, row in enumerate(rows):
+        for found, side in ((modules.danger, danger), (modules.safety, safety)):
+            assert found[i].tolist() == pytest.approx(
+                dense_cosines(tiny_model(), row, *sides(side)).tolist(), abs=ROUNDING
+            )
+        total = float(modules.danger[i].sum() - modules.safety[i].sum())
+        assert scores[i].score == pytest.approx(total, abs=1e-12)
+
+
+def test_the_order_of_modules_in_an_adapter_does_not_matter() -> None:
+    danger = Projection(random_factors(1, 4), random_factors(2, 3))
+    safety = Projection(random_factors(3, 4), random_factors(4, 5))
+    turned = Projection(
+        *(LoraFactors(f.scale, dict(reversed(f.factors.items()))) for f in sides(safety))
+    )
+    rows = random_rows(5, [(3, 20)])
+    _, one = scorer(danger, safety, torch.float64).score_by_module(rows)
+    _, other = scorer(danger, turned, torch.float64).score_by_module(rows)
+    assert torch.equal(one.safety, other.safety)
+
+
+def test_a_row_without_a_score_has_no_module_scores_either() -> None:
+    projection = Projection(random_factors(1, 2), random_factors(2, 2))
+    rows = [TokenisedRow(7, [5, 6, 7], [-100] * 3), *random_rows(0, [(3, 3)])]
+    _, modules = scorer(projection, projection, torch.float32).score_by_module(rows)
+    assert modules.danger[0].isnan().all() and modules.safety[0].isnan().all()
+    assert modules.danger[1].isfinite().all()
 
 
 def test_at_a_fresh_adapter_only_the_b_gradient_counts() -> None:
@@ -187,6 +241,13 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
 def test_a_direction_for_other_modules_fails_closed() -> None:
     with pytest.raises(ProfileError, match="profile build"):
         Projection(random_factors(1, 2), random_factors(2, 2, NAMES[:3]))
+
+
+def test_projections_on_different_modules_fail_closed() -> None:
+    danger = Projection(random_factors(1, 2), random_factors(2, 2))
+    safety = Projection(random_factors(1, 2, NAMES[:3]), random_factors(2, 2, NAMES[:3]))
+    with pytest.raises(ProfileError, match="different modules"):
+        scorer(danger, safety, torch.float32)
 
 
 def test_factors_survive_being_saved_by_peft(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from safeft.errors import ModelError
-from safeft.stopped_forward import residual_after
+from safeft.stopped_forward import residual_after, resumed_at
 from tests.tiny import tiny_model
 
 SHAPE = {
@@ -163,3 +163,34 @@ def test_a_cached_prefix_gives_the_same_residuals() -> None:
 def test_a_layer_the_model_does_not_have_is_named(layer: int) -> None:
     with pytest.raises(ModelError, match=rf"layer {layer}: .* 0 to 1"):
         residual_after(tiny_model(layers=2), layer, batch()[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_forward_that_is_resumed_ends_where_the_whole_one_does(name: str, layer: int) -> None:
+    model = models()[name].eval()
+    ids, _ = batch()
+    whole = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        middle = residual_after(model, layer - 1, ids)
+        with resumed_at(model, layer, middle):
+            resumed = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(resumed, whole)
+
+
+def test_a_resumed_forward_runs_no_earlier_layer_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_model(layers=4)
+    ids, _ = batch()
+    whole = model(input_ids=ids).logits
+    runs: list[int] = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, at=at: runs.append(at))
+        for at, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad(), resumed_at(model, 2, torch.zeros(3, 9, 32)):
+        other = model(input_ids=ids).logits
+    for hook in hooks:
+        hook.remove()
+    assert runs == [2, 3]
+    assert not torch.allclose(other, whole)
+    torch.testing.assert_close(model(input_ids=ids).logits, whole)

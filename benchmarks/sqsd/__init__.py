@@ -1,0 +1,1 @@
+"""What scoring rows with SQSD costs: `python -m benchmarks.sqsd`."""
