@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,6 +56,11 @@ def every(dataset: Scan, number: int = 0) -> frozenset[int]:
     return frozenset(range(dataset.files[number].blocks))
 
 
+def units_of(dataset: Scan, missing: frozenset[int]) -> list[dict[str, Any]]:
+    tables = read_units(dataset.files[0], 0, missing, LIMITS)
+    return [unit for table in tables for unit in table.to_pylist()]
+
+
 # Sources
 
 
@@ -82,7 +88,7 @@ def test_a_pattern_stands_for_the_files_that_match(tmp_path: Path) -> None:
     for name in ("x-2.jsonl", "x-1.jsonl", "y.jsonl"):
         (tmp_path / name).touch()
     assert [f.name for f in find_files(f"{tmp_path}/x-*.jsonl")] == ["x-1.jsonl", "x-2.jsonl"]
-    with pytest.raises(InputError, match="no .jsonl or .parquet file is there"):
+    with pytest.raises(InputError, match=r"no \.jsonl or \.parquet file is there"):
         find_files(f"{tmp_path}/z-*.jsonl")
 
 
@@ -132,11 +138,7 @@ def test_blocks_cover_every_index_once_and_in_order(sizes: list[int]) -> None:
 
 def test_only_the_missing_blocks_are_read_again(tmp_path: Path) -> None:
     dataset = scanned(write_rows(tmp_path / "rows.jsonl", 5 * ROWS_PER_BLOCK + 1))
-    units = [
-        unit
-        for t in read_units(dataset.files[0], 0, frozenset({1, 5}), LIMITS)
-        for unit in t.to_pylist()
-    ]
+    units = units_of(dataset, frozenset({1, 5}))
     assert [unit["block"] for unit in units] == [1, 5]
     assert units[1]["first"] == 5 * ROWS_PER_BLOCK
     assert [row.line for row in decode(units[1]["rows"])] == [5 * ROWS_PER_BLOCK + 1]
@@ -148,34 +150,35 @@ def test_a_bad_row_takes_its_place_in_its_block(tmp_path: Path) -> None:
         '{"prompt": "a", "completion": "b"}\nnot json\n\n{"prompt": 1, "completion": "b"}\n'
     )
     dataset = scanned(path)
-    (unit,) = (
-        u for t in read_units(dataset.files[0], 0, every(dataset), LIMITS) for u in t.to_pylist()
-    )
+    (unit,) = units_of(dataset, every(dataset))
     rows = decode(unit["rows"])
     assert [row.line for row in rows] == [1, 2, 4]
     assert [isinstance(row, RowProblem) for row in rows] == [False, True, True]
 
 
-@pytest.mark.parametrize("after", ["edited", "shorter", "longer", "gone"])
-def test_a_file_that_changed_since_it_was_scanned_is_refused(tmp_path: Path, after: str) -> None:
+@pytest.mark.parametrize("after", ["edited", "shorter", "gone"])
+def test_a_file_that_changed_since_it_was_scanned_is_not_read_on(
+    tmp_path: Path, after: str
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", 3 * ROWS_PER_BLOCK)
     dataset = scanned(path)
     text = path.read_text()
-    lines = text.splitlines()
-    changed = {
-        "edited": text.replace("question 70 ", "Question 70 "),
-        "shorter": "\n".join(lines[: 2 * ROWS_PER_BLOCK]),
-        "longer": text + "\n" + lines[0],
-    }
-    if after == "gone":
-        path.unlink()
+    if after == "edited":
+        path.write_text(text.replace("question 70 ", "Question 70 "))
+    elif after == "shorter":
+        path.write_text("\n".join(text.splitlines()[: 2 * ROWS_PER_BLOCK]))
     else:
-        path.write_text(changed[after])
-    assert not dataset.files[0].file.still(dataset.files[0].sha256)
-    if after == "longer":  # what was scanned is still there; `still` alone notices
-        return
-    with pytest.raises(InputError, match="changed while it was screened|No such file"):
-        list(read_units(dataset.files[0], 0, every(dataset), LIMITS))
+        path.unlink()
+    with pytest.raises(InputError, match=r"rows\.jsonl: (changed while it was screened|cannot be)"):
+        units_of(dataset, every(dataset))
+
+
+def test_a_file_that_grew_after_it_was_read_is_noticed_at_the_end(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 3)
+    (one,) = scanned(path).files
+    assert one.file.still(one.sha256)
+    path.write_text(path.read_text() + "\n\n")
+    assert not one.file.still(one.sha256)
 
 
 def test_the_hash_of_several_files_is_over_their_names_order_and_bytes(tmp_path: Path) -> None:
@@ -260,9 +263,8 @@ def test_half_a_block_is_no_block(tmp_path: Path) -> None:
     BlockStore(tmp_path / "work", dataset).add(0, 1, block_of(dataset, 0, 1))
     whole = next((tmp_path / "work").glob("*/*.parquet"))
     # What `write_whole` leaves when it is killed before the renaming.
-    (whole.parent / ".0000000.parquet.staging+host.1+1+00000000").write_bytes(
-        whole.read_bytes()[:9]
-    )
+    half = whole.parent / ".0000000.parquet.staging+host.1+1+00000000"
+    half.write_bytes(whole.read_bytes()[:9])
     store = BlockStore(tmp_path / "work", dataset)
     assert store.missing() == {0: frozenset({0})}
     assert store.rows_done == ROWS_PER_BLOCK
@@ -281,7 +283,7 @@ def test_a_block_that_was_damaged_later_ends_in_an_error_and_is_scored_again(
         second.unlink()
     else:
         second.write_bytes(first.read_bytes()[:100] if damage == "cut" else first.read_bytes())
-    with pytest.raises(MeasurementError, match="0000001.parquet: was lost or damaged"):
+    with pytest.raises(MeasurementError, match=r"0000001\.parquet: was lost or damaged"):
         store.merge(tmp_path / "rows.parquet")
     assert BlockStore(tmp_path / "work", dataset).missing() == {0: frozenset({1})}
 
