@@ -122,7 +122,7 @@ def test_a_scorer_that_dies_each_time_ends_the_stage_and_what_was_finished_is_ke
 
     with monkeypatch.context() as patch:
         replace_scorer(patch, Dying)
-        with pytest.raises(MeasurementError, match="nothing is accepted: .*Finished rows"):
+        with pytest.raises(MeasurementError, match=r"nothing is accepted: .*Finished rows"):
             screen(data, model_dir=tiny_dir, profile=profile, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (work,) = Path(os.environ["SAFEFT_CACHE"]).glob("screenings/*.blocks")
