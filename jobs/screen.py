@@ -88,8 +88,9 @@ def screen(
             "base_weights": profile.base_weights,
             "max_tokens": max_tokens,
         }
-        with embedded_ray(address):
-            score_missing(dataset, blocks, scorer, pool, limits, progress)
+        if blocks.missing():
+            with embedded_ray(address):
+                score_missing(dataset, blocks, scorer, pool, limits, progress)
         _require_unchanged(dataset, profile, digest)
         verdict = _publish(where, blocks, binding, profile)
         shutil.rmtree(work)

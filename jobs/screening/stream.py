@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from safeft.progress import Progress
 
 #: How often one scorer is started again, and how often the pool without a block in between.
 _RESTARTS, _FRUITLESS_ATTEMPTS = 2, 2
+_BLOCKS_PER_SCORER = 2  # one that is scored and one that waits
 _IN_FLIGHT_BYTES = 64 * 1024 * 1024
 
 
@@ -88,8 +90,8 @@ def score_missing(
         before = blocks.rows_done
         progress("starting the scorers", 0, None)
         try:
-            for batch in _scored(scan, missing, arguments, pool, limits):
-                for one in batch.to_pylist():
+            with closing(_scored(scan, missing, arguments, pool, limits)) as batches:
+                for one in (row for batch in batches for row in batch.to_pylist()):
                     blocks.add(one["file"], one["block"], one["scores"])
                     progress("screening rows", blocks.rows_done, scan.rows)
             if blocks.rows_done == before:
@@ -114,7 +116,7 @@ def _scored(
     arguments: dict[str, Any],
     pool: Pool,
     limits: RowLimits,
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table, None, None]:
     """Tables of `SCORED_SCHEMA` in the order in which blocks are finished."""
     import ray.data
     from ray.data import DataContext
@@ -145,7 +147,11 @@ def _scored(
             fn_constructor_kwargs=arguments,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.least,
+                max_size=pool.most,
+                max_tasks_in_flight_per_actor=_BLOCKS_PER_SCORER,
+            ),
             num_cpus=1,
             num_gpus=1 if pool.use_gpu else 0,
             scheduling_strategy="SPREAD",

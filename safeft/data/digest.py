@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from safeft.data.chat import template_of
+from safeft.errors import ModelError
 
 
 def row_digest(input_ids: Any, labels: Any) -> bytes:
@@ -27,7 +28,12 @@ def rows_sha256(digests: Iterable[bytes]) -> str:
 
 
 def tokenisation_sha256(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    """Over everything that decides which tokens and labels a row becomes, or that it is refused."""
+    """Over everything that decides which tokens and labels a row becomes, or that it is refused.
+
+    ModelError if the tokenizer has no chat template or is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError("the model's tokenizer gives no offsets: a fast tokenizer is needed")
     parts: tuple[str, ...] = (
         tokenizer.backend_tokenizer.to_str(),
         template_of(tokenizer),
