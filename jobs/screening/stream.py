@@ -128,6 +128,7 @@ def _scored(
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     # Ray would gather small blocks into one; a unit is to travel, fail and be scored by itself.
     context.target_max_block_size = 1
     context.execution_options.resource_limits = ray.data.ExecutionResources(
