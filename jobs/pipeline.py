@@ -6,7 +6,6 @@ so a job that stopped anywhere is started again with the same command and goes o
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.evaluate import COMPARABLE, Evaluation, evaluate
 from jobs.finetune import FinetuneResult, Manifest, finetune
-from jobs.finetune.batches import RowTable, rows_to_table
 from jobs.finetune.parts import needed_parts
 from jobs.runtime import embedded_ray
 from jobs.screen import screen
+from jobs.screening.sources import Source
 from jobs.spec import FinetuneSpec
 from jobs.verdict import Verdict
-from safeft import __version__
-from safeft.cache import cache_root, locked, publish_dir, sha256_file, write_whole
+from safeft.cache import publish_dir, sha256_file, write_whole
 from safeft.data import Row, TokenisedRow, load_rows, tokenise_all
+from safeft.data.digest import row_digest, rows_sha256
 from safeft.errors import DatasetRejected, InputError, ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
 from safeft.models import load_tokenizer, resolve, weights_hash
@@ -76,7 +75,7 @@ class Dataset:
     @property
     def rows_sha256(self) -> str:
         """Over the tokens and labels: what is scored and trained on, whatever made it."""
-        return RowTable(rows_to_table(self.tokenised)).sha256()
+        return rows_sha256(row_digest(row.input_ids, row.labels) for row in self.tokenised)
 
 
 def read_dataset(
@@ -97,51 +96,32 @@ def read_dataset(
 
 
 def screen_file(
-    data: Path,
+    data: Source | Sequence[Source],
     *,
     model: str,
     profile_root: Path | None = None,
     output: Path | None = None,
     max_tokens: int = 512,
     scorers: int = 1,
+    max_scorers: int | None = None,
+    use_gpu: bool = False,
     address: str | None = None,
     progress: Progress = silent,
 ) -> tuple[Verdict, Path]:
-    """Screen one file; returns the verdict and the directory that holds it.
-
-    Without an ``output`` the result is kept in the cache under the data's and the profile's
-    hashes, where a training job of the same data finds it.
-    """
+    """`jobs.screen.screen` for a model given as a source string."""
     model_dir = resolve(model, progress)
-    dataset = read_dataset(data, model_dir, max_tokens, progress)
-    profile = SafetyProfile.for_weights(weights_hash(model_dir), profile_root)
-    return _screen(dataset, model_dir, profile, output, scorers, address, progress)
-
-
-def _screen(
-    dataset: Dataset,
-    model_dir: Path,
-    profile: SafetyProfile,
-    output: Path | None,
-    scorers: int,
-    address: str | None,
-    progress: Progress,
-) -> tuple[Verdict, Path]:
-    bound = f"{dataset.sha256} {dataset.rows_sha256} {profile.digest()} {__version__}"
-    key = hashlib.sha256(bound.encode()).hexdigest()
-    where = output or cache_root() / "screenings" / key[:24]
-    with locked(where, progress), embedded_ray(address):
-        verdict = screen(
-            dataset.tokenised,
-            model_dir=model_dir,
-            profile=profile,
-            data_sha256=dataset.sha256,
-            rows_sha256=dataset.rows_sha256,
-            output=where,
-            scorers=scorers,
-            progress=progress,
-        )
-    return verdict, where
+    return screen(
+        data,
+        model_dir=model_dir,
+        profile=SafetyProfile.for_weights(weights_hash(model_dir), profile_root),
+        output=output,
+        max_tokens=max_tokens,
+        scorers=scorers,
+        max_scorers=max_scorers,
+        use_gpu=use_gpu,
+        address=address,
+        progress=progress,
+    )
 
 
 def run_job(
@@ -170,9 +150,18 @@ def run_job(
     if spec.data.validation:
         held_out = read_dataset(spec.data.validation, model_dir, max_tokens, progress).rows
     with embedded_ray(spec.distributed.address):
-        verdict, where = _screen(
-            dataset, model_dir, profile, screening, 1, spec.distributed.address, progress
+        verdict, where = screen(
+            dataset.path,
+            model_dir=model_dir,
+            profile=profile,
+            output=screening,
+            max_tokens=max_tokens,
+            scorers=spec.screening.scorers,
+            max_scorers=spec.screening.max_scorers,
+            use_gpu=spec.screening.use_gpu,
+            progress=progress,
         )
+        require_screened(dataset, verdict)
         if verdict.verdict == "rejected" and spec.screening.override_reason is None:
             raise DatasetRejected(
                 f"{dataset.path}: rejected, {verdict.reason}; row scores are in {where}"
@@ -186,6 +175,19 @@ def run_job(
             progress=progress,
         )
     return _judge(spec, verdict, tuned, model_dir, before, held_out, progress)
+
+
+def require_screened(dataset: Dataset, verdict: Verdict) -> None:
+    """Check that a verdict is on exactly these rows: the file's bytes and what became of them.
+
+    Raises:
+        InputError: it is on others, so these have not been screened.
+    """
+    if (verdict.data_sha256, verdict.rows_sha256) != (dataset.sha256, dataset.rows_sha256):
+        raise InputError(
+            f"{dataset.path}: what was screened is not what would be trained on, because the file "
+            "changed in between; submit it again"
+        )
 
 
 def _safety_rows(count: int, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:

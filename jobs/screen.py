@@ -1,177 +1,128 @@
 """Screening: Ray Data streams a tenant's rows through SQSD scorers; a policy makes the verdict.
 
 The result is a directory that is whole or absent: ``rows.parquet`` with one row per dataset row,
-and ``verdict.json``, bound to the dataset's bytes, the tokenisation and the profile.
+``verdict.json``, and ``screening.json``, which binds both to the dataset's bytes, the tokenisation,
+the profile and the code. Until it is whole, finished blocks of rows wait in the cache, so that a
+run that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.runtime import embedded_ray
+from jobs.screening.blocks import BlockStore
+from jobs.screening.record import RECORD, Binding, bind, require_same
+from jobs.screening.scan import Scan, changed, scan
+from jobs.screening.sources import Source, find_files
+from jobs.screening.stream import Pool, score_missing
 from jobs.verdict import Verdict, decide, read_verdict
-from safeft import __version__
-from safeft.cache import publish_dir
-from safeft.data import TokenisedRow
-from safeft.errors import InputError, MeasurementError, ProfileError
+from safeft.cache import cache_root, locked, publish_dir
+from safeft.data import RowLimits
+from safeft.data.digest import tokenisation_sha256
+from safeft.errors import ProfileError
+from safeft.models import load_tokenizer
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
 
-ROWS_PER_BATCH = 16  # what one call of a scorer sorts by length and scores
-
-ROW_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("line", pa.int64()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-    ]
-)
-SCORE_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("line", pa.int64()),
-        ("score", pa.float64()),
-        ("danger", pa.float64()),
-        ("safety", pa.float64()),
-        ("tokens", pa.int32()),
-        ("trained", pa.int32()),
-        ("error", pa.string()),
-    ]
-)
+ROWS, VERDICT = "rows.parquet", "verdict.json"
 
 
 def screen(
-    rows: Sequence[TokenisedRow],
+    sources: Source | Sequence[Source],
     *,
     model_dir: Path,
     profile: SafetyProfile,
-    data_sha256: str,
-    rows_sha256: str,
-    output: Path,
+    output: Path | None = None,
+    max_tokens: int = 512,
     scorers: int = 1,
+    max_scorers: int | None = None,
+    use_gpu: bool = False,
+    address: str | None = None,
     progress: Progress = silent,
-) -> Verdict:
-    """Score every row on Ray and write the verdict to ``output``; Ray must be running.
+) -> tuple[Verdict, Path]:
+    """Score every row of a dataset and say whether it may be trained on.
 
-    An ``output`` that already holds a verdict for the same data, tokenisation and profile is
-    returned as it is.
+    A row that cannot be read, tokenised or scored is a row of the result with its error. Without
+    an ``output`` the result is kept in the cache under what it is bound to, where a training job
+    of the same data finds it. An ``output`` that already holds it is returned as it is.
+
+    Args:
+        sources: files, directories, glob patterns and ``s3://`` URLs, together one dataset.
+        scorers, max_scorers: actors in the pool, at first and at most (None: as many).
+        use_gpu: one GPU for each of them.
+        address: of a running Ray cluster; see `jobs.runtime.embedded_ray`.
+
+    Returns:
+        the verdict, and the directory that holds it.
 
     Raises:
+        InputError: a file as a whole is wrong or changed meanwhile, ``output`` holds the verdict on
+            something else, or the scorers do not fit on the cluster.
         ProfileError: the profile is missing, incomplete or for other weights.
-        InputError: ``output`` holds the verdict on something else.
+        MeasurementError: scoring failed again and again; what was finished is kept.
     """
-    bound = {
-        "data_sha256": data_sha256,
-        "rows_sha256": rows_sha256,
-        "profile": profile.digest(),
-        "code_version": __version__,
-    }
-    if output.exists():
-        earlier = read_verdict(output)
-        if all(getattr(earlier, k) == v for k, v in bound.items()):
-            return earlier
-        raise InputError(f"{output} holds the screening of other data; choose another output")
     # What is wrong with the profile is said here, rather than by an actor that dies.
-    policy, _ = profile.policy(), (profile.danger(), profile.safety())
-    table = pa.Table.from_pylist(
-        [
-            {"index": i, "line": r.line, "input_ids": r.input_ids, "labels": r.labels}
-            for i, r in enumerate(rows)
-        ],
-        schema=ROW_SCHEMA,
-    )
-    progress("starting the scorers", 0, None)
-    with publish_dir(output) as staging:
-        scores: list[dict[str, Any]] = []
-        with pq.ParquetWriter(staging / "rows.parquet", SCORE_SCHEMA) as writer:
-            for batch in _score(table, model_dir, profile, scorers):
-                writer.write_table(batch)
-                scores += batch.to_pylist()
-                progress("screening rows", len(scores), len(rows))
-        if sorted(s["index"] for s in scores) != list(range(len(rows))):
-            raise MeasurementError("screening lost or doubled rows; run it again")
-        if profile.digest() != bound["profile"]:
-            raise ProfileError("the safety profile was rebuilt meanwhile; screen the data again")
-        verdict = decide(scores, policy, **bound)
-        (staging / "verdict.json").write_text(verdict.model_dump_json(indent=1))
+    digest, _ = profile.digest(), (profile.policy(), profile.danger(), profile.safety())
+    pool = Pool(scorers, scorers if max_scorers is None else max_scorers, use_gpu)
+    limits = RowLimits()
+    dataset = scan(find_files(sources), limits, progress)
+    tokenisation = tokenisation_sha256(load_tokenizer(model_dir), max_tokens)
+    binding = bind(dataset, tokenisation, digest)
+    kept = cache_root() / "screenings"
+    where, work = output or kept / binding.key(), kept / f"{binding.key()}.blocks"
+    with locked(where, progress), locked(work, progress):
+        if where.exists():
+            require_same(where, binding)
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
+            return read_verdict(where), where
+        blocks = BlockStore(work, dataset)
+        scorer = {
+            "model_dir": str(model_dir),
+            "profile_root": str(profile.root),
+            "base_weights": profile.base_weights,
+            "max_tokens": max_tokens,
+        }
+        if blocks.missing():
+            with embedded_ray(address):
+                score_missing(dataset, blocks, scorer, pool, limits, progress)
+        _require_unchanged(dataset, profile, digest)
+        verdict = _publish(where, blocks, binding, profile)
+        shutil.rmtree(work)
+    return verdict, where
+
+
+def _require_unchanged(dataset: Scan, profile: SafetyProfile, digest: str) -> None:
+    for one in dataset.files:
+        if not one.file.still(one.sha256):
+            raise changed(one.file)
+    if profile.digest() != digest:
+        raise ProfileError("the safety profile was rebuilt meanwhile; screen the data again")
+
+
+def _publish(where: Path, blocks: BlockStore, binding: Binding, profile: SafetyProfile) -> Verdict:
+    with publish_dir(where) as staging:
+        rows_sha256 = blocks.merge(staging / ROWS)
+        verdict = decide(
+            _scores(staging / ROWS),
+            profile.policy(),
+            data_sha256=binding.data_sha256,
+            rows_sha256=rows_sha256,
+            profile=binding.profile,
+            code_version=binding.code_version,
+        )
+        (staging / VERDICT).write_text(verdict.model_dump_json(indent=1))
+        (staging / RECORD).write_text(binding.model_dump_json(indent=1))
     return verdict
 
 
-def _score(
-    table: pa.Table, model_dir: Path, profile: SafetyProfile, scorers: int
-) -> Iterator[pa.Table]:
-    import ray
-    import ray.data
-    from ray.util.annotations import RayDeprecationWarning
-
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    if scorers > cpus:
-        raise InputError(f"--scorers: {scorers} do not fit on {cpus} processors")
-    threads = max(1, cpus // scorers)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Blocks are cut here: a repartition would need a processor that the scorers hold.
-    blocks = [table.slice(i, ROWS_PER_BATCH) for i in range(0, table.num_rows, ROWS_PER_BATCH)]
-    with warnings.catch_warnings():
-        # Ray's own numbers are "for ever"; a scorer that dies each time must end the screening.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        scored = ray.data.from_arrow(blocks).map_batches(
-            _Scorer,
-            fn_constructor_args=(str(model_dir), str(profile.root), profile.base_weights, threads),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=scorers),
-            num_cpus=1,
-            max_restarts=2,
-            max_task_retries=2,
-        )
-    try:
-        yield from scored.iter_batches(batch_size=None, batch_format="pyarrow")
-    except ray.exceptions.RayError as error:
-        cause = " ".join(str(error.__cause__ or error).split())[-300:]
-        raise MeasurementError(f"screening failed, nothing is accepted: {cause}") from error
-
-
-class _Scorer:
-    """One Ray actor: the base model and both projections, loaded once."""
-
-    def __init__(self, model_dir: str, profile_root: str, base_weights: str, threads: int) -> None:
-        import torch
-
-        from safeft.models import load_model, load_tokenizer
-        from safeft.sqsd import SqsdScorer
-
-        torch.set_num_threads(threads)
-        profile = SafetyProfile(Path(profile_root), base_weights)
-        self.scorer = SqsdScorer(
-            load_model(Path(model_dir)),
-            profile.danger(),
-            profile.safety(),
-            pad_token_id=load_tokenizer(Path(model_dir)).pad_token_id,
-        )
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        columns = batch.to_pydict()
-        rows = [
-            TokenisedRow(line, ids, labels)
-            for line, ids, labels in zip(
-                columns["line"], columns["input_ids"], columns["labels"], strict=True
-            )
-        ]
-        scores = self.scorer.score(rows)
-        return pa.Table.from_pylist(
-            [
-                {"index": i, **{f: getattr(s, f) for f in SCORE_SCHEMA.names if f != "index"}}
-                for i, s in zip(columns["index"], scores, strict=True)
-            ],
-            schema=SCORE_SCHEMA,
-        )
+def _scores(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a `rows.parquet`, some in memory at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["index", "line", "score", "error"]):
+            yield from batch.to_pylist()

@@ -101,9 +101,16 @@ class DistributedSpec(_Part):
 
 
 class ScreeningSpec(_Part):
-    """`override_reason`: why a dataset that screening rejects is trained on all the same."""
+    """`override_reason`: why a dataset that screening rejects is trained on all the same.
+
+    `scorers`, `max_scorers`: scoring workers at first and at most (null: as many).
+    `use_gpu`: one GPU for each of them.
+    """
 
     override_reason: Annotated[str, Field(min_length=1)] | None = None
+    scorers: Count = 1
+    max_scorers: Count | None = None
+    use_gpu: bool = False
 
 
 class FinetuneSpec(_Part):

@@ -46,7 +46,7 @@ def demo(
             with progress_bars() as progress:
                 verdict = run.screen(tenant, progress)
             if not as_json:
-                show_verdict(verdict, file, run.verdicts[tenant][1])
+                show_verdict(verdict, str(file), run.verdicts[tenant][1])
         heading("3. Fine-tuning on Ray Train and DeepSpeed")
         for planned in ARMS:
             with progress_bars() as progress:

@@ -18,7 +18,13 @@ SHOWN_ROWS = 15
 
 
 def screen(
-    data: Annotated[Path, typer.Argument(help="Dataset: .jsonl or .parquet, plain, .gz or .zst.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="One dataset: .jsonl and .parquet files, plain, .gz or .zst; directories, "
+            "patterns and s3:// URLs of them."
+        ),
+    ],
     model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
     profile: Annotated[
         Path | None, typer.Option(help="Safety profile; by default the model's in the cache.")
@@ -28,12 +34,17 @@ def screen(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest row, in tokens.")] = 512,
     scorers: Annotated[int, typer.Option(min=1, help="Scoring workers.")] = 1,
+    max_scorers: Annotated[
+        int | None, typer.Option(min=1, help="Workers that the pool may grow to.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each worker.")] = False,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Score every row with SQSD and accept or reject the dataset.
 
     Exit code 0: accepted. 3: rejected. The scores and the verdict are kept for the training job.
+    A screening that was interrupted goes on when it is run again.
     """
     from jobs.pipeline import screen_file
 
@@ -45,21 +56,23 @@ def screen(
             output=output,
             max_tokens=max_tokens,
             scorers=scorers,
+            max_scorers=max_scorers,
+            use_gpu=gpu,
             address=address,
             progress=progress,
         )
     if as_json:
         print_json({**verdict.model_dump(mode="json"), "output": str(where)})
     else:
-        show_verdict(verdict, data, where)
+        show_verdict(verdict, " ".join(data), where)
     if verdict.verdict == "rejected":
         raise typer.Exit(3)
 
 
-def show_verdict(verdict: Verdict, data: Path, where: Path) -> None:
+def show_verdict(verdict: Verdict, data: str, where: Path) -> None:
     """The verdict, and which rows are behind it."""
     colour = "green" if verdict.verdict == "accepted" else "red"
-    out.print(f"[bold {colour}]{verdict.verdict}[/] {escape(str(data))}: {verdict.reason}")
+    out.print(f"[bold {colour}]{verdict.verdict}[/] {escape(data)}: {verdict.reason}")
     if verdict.risky_rows:
         table = Table("line", "SQSD", "why", title="risky rows")
         for row in verdict.risky_rows[:SHOWN_ROWS]:

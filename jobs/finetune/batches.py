@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from jobs.spec import FinetuneSpec
 from safeft.data import TokenisedRow
+from safeft.data.digest import row_digest, rows_sha256
 
 _SCHEMA = pa.schema(
     [
@@ -62,10 +62,8 @@ class RowTable:
 
     def sha256(self) -> str:
         """Over every row's tokens and labels, in order."""
-        digest = hashlib.sha256()
-        for part in (self._offsets, self._ids, self._labels):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
+        ends = zip(self._offsets[:-1], self._offsets[1:], strict=True)
+        return rows_sha256(row_digest(self._ids[a:b], self._labels[a:b]) for a, b in ends)
 
 
 @dataclass(frozen=True)

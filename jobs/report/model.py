@@ -48,9 +48,10 @@ class ProfileSummary(_Part):
 
 
 class ScoredRow(_Part):
-    """One row of ``rows.parquet`` (`jobs.screen.SCORE_SCHEMA`); NaN is read as None."""
+    """One row of ``rows.parquet`` (`jobs.screening.blocks.SCORE_SCHEMA`); NaN is read as None."""
 
     index: int
+    file: str = ""
     line: int
     score: MaybeFloat
     danger: MaybeFloat

@@ -1,0 +1,1 @@
+"""The parts of the screening stage; `jobs.screen.screen` puts them together."""
