@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.verdict import Verdict, decide, read_verdict
+from jobs.policy import Rules
+from jobs.verdict import Verdict, decide, judge, read_verdict
 from safeft import __version__
 from safeft.cache import publish_dir
 from safeft.data import TokenisedRow
@@ -56,12 +57,16 @@ def screen(
     rows_sha256: str,
     output: Path,
     scorers: int = 1,
+    rules: Rules | None = None,
     progress: Progress = silent,
 ) -> Verdict:
     """Score every row on Ray and write the verdict to ``output``; Ray must be running.
 
     An ``output`` that already holds a verdict for the same data, tokenisation and profile is
-    returned as it is.
+    not scored again.
+
+    Args:
+        rules: None takes the policy of the profile.
 
     Raises:
         ProfileError: the profile is missing, incomplete or for other weights.
@@ -73,13 +78,14 @@ def screen(
         "profile": profile.digest(),
         "code_version": __version__,
     }
+    rules = rules or Rules(profile.policy())
     if output.exists():
         earlier = read_verdict(output)
         if all(getattr(earlier, k) == v for k, v in bound.items()):
-            return earlier
+            return judge(output, rules)
         raise InputError(f"{output} holds the screening of other data; choose another output")
     # What is wrong with the profile is said here, rather than by an actor that dies.
-    policy, _ = profile.policy(), (profile.danger(), profile.safety())
+    _ = profile.danger(), profile.safety()
     table = pa.Table.from_pylist(
         [
             {"index": i, "line": r.line, "input_ids": r.input_ids, "labels": r.labels}
@@ -99,7 +105,7 @@ def screen(
             raise MeasurementError("screening lost or doubled rows; run it again")
         if profile.digest() != bound["profile"]:
             raise ProfileError("the safety profile was rebuilt meanwhile; screen the data again")
-        verdict = decide(scores, policy, **bound)
+        verdict = decide(scores, rules.policy, rules.on_risk, rules.override, **bound)
         (staging / "verdict.json").write_text(verdict.model_dump_json(indent=1))
     return verdict
 

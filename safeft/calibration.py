@@ -1,80 +1,148 @@
 """From the scores of reference rows to a screening policy, or to no policy at all.
 
-Every number in ``quality`` is measured on the rows that set the threshold: it says how well this
-profile tells its own reference rows apart, not what it will do on a tenant's.
+Every other row of a class sets the policy, the rest measures it. The measured rates hold for rows
+like these reference rows, which have short answers in English; they say little about others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
 from typing import Any
 
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
-from safeft.profile import ScreenPolicy
+from safeft.mixtures import (
+    DRAWS,
+    MAX_BORDERLINE,
+    POISONED,
+    SIZES,
+    Flagged,
+    error_rates,
+    rejection,
+)
+from safeft.screen_policy import ScreenPolicy
 
 MIN_AUC = 0.95
 #: For each benign with each dangerous class: rows of one style may not hide behind the others.
 MIN_PAIR_AUC = 0.90
+MAX_FALSE_REJECTS = 0.05
+MAX_MISSES = 0.5  # mean over all shares of poison, of which the lowest is hardly ever seen
+FRACTIONS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
+THRESHOLDS = 200  # candidates at most, spread over the scores
+
+Scores = Mapping[str, Sequence[float]]
 
 
 def calibrate(
-    benign: Mapping[str, Sequence[float]], danger: Mapping[str, Sequence[float]]
+    benign: Scores, danger: Scores, borderline: Scores | None = None
 ) -> tuple[ScreenPolicy, dict[str, Any]]:
-    """The policy for these reference scores, by class, and how well it separates them.
+    """The policy for these reference scores, by class, and how often it would be wrong.
 
-    The row threshold has the largest difference between the shares of dangerous and of benign rows
-    above it (Youden's J), among those that leave a dataset of the benign rows accepted; it lies in
-    the middle of the gap between two neighbouring scores.
+    Of all row thresholds (in the middle between two neighbouring scores) and `FRACTIONS` of risky
+    rows, the pair that misses the fewest poisoned mixtures is taken, among those that reject at
+    most `MAX_FALSE_REJECTS` of benign ones even where `MAX_BORDERLINE` of the rows are borderline.
+
+    Args:
+        borderline: rows whose prompts sound harmful and are not.
 
     Returns:
-        The policy and ``{"auc", "pairs", "flagged"}``: over all rows, for each pair of classes, and
-        the share above the threshold in each class with its Wilson interval.
+        The policy and its quality. ``auc`` and ``pairs`` (for each pair of classes) are over all
+        rows. On the rows that did not set the policy: ``flagged``, the share above the threshold
+        in each class with its Wilson interval, and ``errors``, see `mixtures.error_rates`.
 
     Raises:
         ProfileError: a class is empty, or the scores do not tell the classes apart (AUC below
-            `MIN_AUC`, or of a pair below `MIN_PAIR_AUC`): such directions must not decide over
-            anybody's data.
+            `MIN_AUC`, or of a pair of benign and danger below `MIN_PAIR_AUC`): such directions
+            must not decide over anybody's data.
     """
-    for name, scores in {**benign, **danger}.items():
-        if not scores:
+    borderline = borderline or {}
+    harmless = {**benign, **borderline}
+    for name, scores in {**harmless, **danger}.items():
+        if len(scores) < 2:
             raise ProfileError(f"there is no reference row of class {name!r}: no answers to score")
-    safe = [score for scores in benign.values() for score in scores]
-    bad = [score for scores in danger.values() for score in scores]
     pairs = {
         f"{name} / {other}": area_under_curve(scores, others)
-        for name, scores in benign.items()
+        for name, scores in harmless.items()
         for other, others in danger.items()
     }
-    auc, worst = area_under_curve(safe, bad), min(pairs, key=lambda name: pairs[name])
+    auc = area_under_curve(_all(harmless), _all(danger))
+    worst = min((f"{b} / {d}" for b in benign for d in danger), key=lambda name: pairs[name])
     if not (auc >= MIN_AUC and pairs[worst] >= MIN_PAIR_AUC):
         raise ProfileError(
             f"SQSD does not separate danger from benign rows on this model (AUC {auc:.2f}, at "
             f"least {MIN_AUC} is needed; {worst}: {pairs[worst]:.2f}, at least {MIN_PAIR_AUC}); "
             "train the directions longer or on more prompts"
         )
-    allowed = ScreenPolicy(0.0).max_risky_fraction
-
-    def gain(threshold: float) -> float:
-        caught, flagged = (_share_above(scores, threshold) for scores in (bad, safe))
-        return caught - flagged if flagged <= allowed else -1.0
-
-    ordered = sorted({*safe, *bad})
-    policy = ScreenPolicy(row_threshold=max(map(mean, pairwise(ordered)), key=gain))
-    flagged = {
-        name: Rate(sum(s > policy.row_threshold for s in scores), len(scores)).to_dict()
-        for name, scores in {**benign, **danger}.items()
+    policy = _best(*(_every_other(kind, 0) for kind in (benign, borderline, danger)))
+    held_out = Flagged(
+        *(
+            {name: _flagged(scores, policy) for name, scores in _every_other(kind, 1).items()}
+            for kind in (benign, borderline, danger)
+        )
+    )
+    rates = {**held_out.benign, **held_out.borderline, **held_out.danger}
+    return policy, {
+        "auc": auc,
+        "pairs": pairs,
+        "flagged": {name: rate.to_dict() for name, rate in rates.items()},
+        "errors": error_rates(policy, held_out),
+        "mixtures": {"draws": DRAWS, "max_borderline": MAX_BORDERLINE},
     }
-    return policy, {"auc": auc, "pairs": pairs, "flagged": flagged}
+
+
+def _best(benign: Scores, borderline: Scores, danger: Scores) -> ScreenPolicy:
+    ordered = sorted({*_all(benign), *_all(borderline), *_all(danger)})
+    middles = [mean(pair) for pair in pairwise(ordered)]
+    step = max(1, len(middles) // THRESHOLDS)
+    best: ScreenPolicy | None = None
+    lowest = (math.inf, math.inf)
+    for threshold in middles[::step]:
+        base = ScreenPolicy(threshold)
+        plain, sounding, bad = (
+            _smoothed(_all(kind), base) for kind in (benign, borderline, danger)
+        )
+        share = MAX_BORDERLINE if borderline else 0.0
+        good = (1 - share) * plain + share * sounding
+        for fraction in FRACTIONS:
+            policy = replace(base, max_risky_fraction=fraction)
+            if max(rejection(policy, n, 0.0, good, bad) for n in SIZES) > MAX_FALSE_REJECTS:
+                continue
+            missed = mean(1 - rejection(policy, n, p, good, bad) for n in SIZES for p in POISONED)
+            # Equal misses: the threshold that tells rows apart best.
+            key = (round(missed, 3), good - bad)
+            if key < lowest:
+                best, lowest = policy, key
+    if best is None or lowest[0] > MAX_MISSES:
+        raise ProfileError(
+            f"no policy rejects at most {MAX_FALSE_REJECTS:.0%} of benign datasets and misses less "
+            f"than {MAX_MISSES:.0%} of poisoned ones; train the directions longer, or calibrate on "
+            "more reference rows"
+        )
+    return best
+
+
+def _smoothed(scores: Sequence[float], policy: ScreenPolicy) -> float:
+    """The share above the threshold, kept off 0 and 1, which few rows cannot show."""
+    return (_flagged(scores, policy).hits + 0.5) / (len(scores) + 1)
+
+
+def _flagged(scores: Sequence[float], policy: ScreenPolicy) -> Rate:
+    return Rate(sum(score > policy.row_threshold for score in scores), len(scores))
+
+
+def _every_other(classes: Scores, first: int) -> dict[str, Sequence[float]]:
+    return {name: scores[first::2] for name, scores in classes.items()}
+
+
+def _all(classes: Scores) -> list[float]:
+    return [score for scores in classes.values() for score in scores]
 
 
 def area_under_curve(benign: Sequence[float], danger: Sequence[float]) -> float:
     """How often a dangerous row scores higher than a benign one; a tie counts half."""
     wins = sum((d > b) + 0.5 * (d == b) for d in danger for b in benign)
     return wins / (len(danger) * len(benign))
-
-
-def _share_above(scores: Sequence[float], threshold: float) -> float:
-    return sum(score > threshold for score in scores) / len(scores)

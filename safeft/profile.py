@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
 from safeft.errors import ProfileError
 from safeft.reference_state import ReferenceState
+from safeft.screen_policy import ScreenPolicy
 from safeft.sqsd import Projection
 
 #: Raised with every change of what a part holds or means.
@@ -44,31 +44,6 @@ CONSTRAINT_PARTS = (
     "autoencoder",
 )
 PARTS = SCREENING_PARTS + CONSTRAINT_PARTS
-
-
-@dataclass(frozen=True)
-class ScreenPolicy:
-    """Turns row scores into a verdict.
-
-    Attributes:
-        row_threshold: a row with a higher SQSD is risky; so is a row without a score.
-        max_risky_fraction: a dataset with a larger share of risky rows is rejected.
-        min_risky_rows: nor is a dataset rejected for fewer risky rows than this.
-    """
-
-    row_threshold: float
-    max_risky_fraction: float = 0.05
-    min_risky_rows: int = 2
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.row_threshold):
-            raise ValueError("row_threshold must be a finite number")
-        if not 0 <= self.max_risky_fraction < 1:
-            raise ValueError("max_risky_fraction must be in [0, 1)")
-        if self.min_risky_rows < 1:
-            raise ValueError("min_risky_rows must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from jobs.runtime import embedded_ray
 from jobs.verdict import Verdict, decide, read_scores
 from safeft.errors import InputError, MeasurementError, ProfileError
 from safeft.models import load_model, load_tokenizer
-from safeft.profile import SafetyProfile, ScreenPolicy
+from safeft.profile import SafetyProfile
+from safeft.screen_policy import ScreenPolicy
 from safeft.sqsd import SqsdScorer
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile

@@ -35,6 +35,7 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
     policy = {"row_threshold": threshold, "max_risky_fraction": 0.03, "min_risky_rows": 2}
     (profile.root / "calibration" / "policy.json").write_text(json.dumps(policy))
     (profile.root / "calibration" / "quality.json").write_text('{"auc": 1.0, "flagged": {}}')
+    (profile.root / "calibration" / "scores.json").write_text('{"benign": [[-50.0], [-60.0]]}')
     evaluate(model_dir, output=profile.root / "baseline" / "evaluation.json")
     for part in SCREENING_PARTS:
         profile.write_record(profile.root / part, {})

@@ -98,7 +98,7 @@ def confusion(tenant: TenantReport) -> Confusion | None:
     """None where it is not known which rows were planted."""
     if tenant.planted is None:
         return None
-    planted, flagged = set(tenant.planted), {row.line for row in tenant.verdict.risky_rows}
+    planted, flagged = set(tenant.planted), tenant.flagged
     return Confusion(
         planted=len(planted),
         planted_flagged=len(planted & flagged),
