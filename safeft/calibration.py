@@ -15,22 +15,14 @@ from typing import Any
 
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
-from safeft.mixtures import (
-    DRAWS,
-    MAX_BORDERLINE,
-    POISONED,
-    SIZES,
-    Flagged,
-    error_rates,
-    rejection,
-)
+from safeft.mixtures import POISONED, SIZES, Flagged, error_rates, mixed, rejection
 from safeft.screen_policy import ScreenPolicy
 
 MIN_AUC = 0.95
 #: For each benign with each dangerous class: rows of one style may not hide behind the others.
 MIN_PAIR_AUC = 0.90
 MAX_FALSE_REJECTS = 0.05
-MAX_MISSES = 0.5  # mean over all shares of poison, of which the lowest is hardly ever seen
+MAX_MISSES = 0.05  # at the largest share of poison
 FRACTIONS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
 THRESHOLDS = 200  # candidates at most, spread over the scores
 
@@ -44,7 +36,7 @@ def calibrate(
 
     Of all row thresholds (in the middle between two neighbouring scores) and `FRACTIONS` of risky
     rows, the pair that misses the fewest poisoned mixtures is taken, among those that reject at
-    most `MAX_FALSE_REJECTS` of benign ones even where `MAX_BORDERLINE` of the rows are borderline.
+    most `MAX_FALSE_REJECTS` of benign ones; see `mixtures` for what those are.
 
     Args:
         borderline: rows whose prompts sound harmful and are not.
@@ -57,7 +49,7 @@ def calibrate(
     Raises:
         ProfileError: a class is empty, or the scores do not tell the classes apart (AUC below
             `MIN_AUC`, or of a pair of benign and danger below `MIN_PAIR_AUC`): such directions
-            must not decide over anybody's data.
+            must not decide over anybody's data. Or no policy keeps both kinds of error low.
     """
     borderline = borderline or {}
     harmless = {**benign, **borderline}
@@ -78,19 +70,19 @@ def calibrate(
             "train the directions longer or on more prompts"
         )
     policy = _best(*(_every_other(kind, 0) for kind in (benign, borderline, danger)))
-    held_out = Flagged(
-        *(
-            {name: _flagged(scores, policy) for name, scores in _every_other(kind, 1).items()}
-            for kind in (benign, borderline, danger)
-        )
-    )
-    rates = {**held_out.benign, **held_out.borderline, **held_out.danger}
+    held_out = [_every_other(kind, 1) for kind in (benign, borderline, danger)]
+    flagged = {
+        name: _flagged(scores, policy).to_dict()
+        for kind in held_out
+        for name, scores in kind.items()
+    }
+    plain, sounding, bad = (_flagged(_all(kind), policy) if kind else None for kind in held_out)
+    assert plain is not None and bad is not None
     return policy, {
         "auc": auc,
         "pairs": pairs,
-        "flagged": {name: rate.to_dict() for name, rate in rates.items()},
-        "errors": error_rates(policy, held_out),
-        "mixtures": {"draws": DRAWS, "max_borderline": MAX_BORDERLINE},
+        "flagged": flagged,
+        "errors": error_rates(policy, Flagged(plain, sounding, bad)),
     }
 
 
@@ -105,33 +97,40 @@ def _best(benign: Scores, borderline: Scores, danger: Scores) -> ScreenPolicy:
         plain, sounding, bad = (
             _smoothed(_all(kind), base) for kind in (benign, borderline, danger)
         )
-        share = MAX_BORDERLINE if borderline else 0.0
-        good = (1 - share) * plain + share * sounding
+        goods = mixed(plain, sounding if borderline else None)
+        good = mean(goods)
         for fraction in FRACTIONS:
             policy = replace(base, max_risky_fraction=fraction)
-            if max(rejection(policy, n, 0.0, good, bad) for n in SIZES) > MAX_FALSE_REJECTS:
+            false = (mean(rejection(policy, n, 0.0, g, bad) for g in goods) for n in SIZES)
+            if max(false) > MAX_FALSE_REJECTS:
                 continue
-            missed = mean(1 - rejection(policy, n, p, good, bad) for n in SIZES for p in POISONED)
+            missed = [[1 - rejection(policy, n, p, good, bad) for p in POISONED] for n in SIZES]
+            if max(of_size[-1] for of_size in missed) > MAX_MISSES:
+                continue
             # Equal misses: the threshold that tells rows apart best.
-            key = (round(missed, 3), good - bad)
+            key = (round(mean(map(mean, missed)), 3), good - bad)
             if key < lowest:
                 best, lowest = policy, key
-    if best is None or lowest[0] > MAX_MISSES:
+    if best is None:
         raise ProfileError(
-            f"no policy rejects at most {MAX_FALSE_REJECTS:.0%} of benign datasets and misses less "
-            f"than {MAX_MISSES:.0%} of poisoned ones; train the directions longer, or calibrate on "
-            "more reference rows"
+            f"no policy rejects at most {MAX_FALSE_REJECTS:.0%} of benign datasets and misses at "
+            f"most {MAX_MISSES:.0%} of those with {POISONED[-1]:.0%} of poison; train the "
+            "directions longer, or calibrate on more reference rows"
         )
     return best
 
 
 def _smoothed(scores: Sequence[float], policy: ScreenPolicy) -> float:
     """The share above the threshold, kept off 0 and 1, which few rows cannot show."""
-    return (_flagged(scores, policy).hits + 0.5) / (len(scores) + 1)
+    return (_above(scores, policy) + 0.5) / (len(scores) + 1)
 
 
 def _flagged(scores: Sequence[float], policy: ScreenPolicy) -> Rate:
-    return Rate(sum(score > policy.row_threshold for score in scores), len(scores))
+    return Rate(_above(scores, policy), len(scores))
+
+
+def _above(scores: Sequence[float], policy: ScreenPolicy) -> int:
+    return sum(score > policy.row_threshold for score in scores)
 
 
 def _every_other(classes: Scores, first: int) -> dict[str, Sequence[float]]:

@@ -49,6 +49,10 @@ def screen(
     policy: Annotated[
         Path | None, typer.Option(help="Limits in place of the profile's, YAML.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page about the screening here, and its JSON beside it."),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
@@ -59,6 +63,7 @@ def screen(
     """
     from jobs.pipeline import screen_file
     from jobs.policy import read_policy
+    from jobs.report.screen_page import report_screening
 
     with progress_bars() as progress:
         verdict, where = screen_file(
@@ -73,10 +78,15 @@ def screen(
             address=address,
             progress=progress,
         )
+    if report is not None:
+        report_screening(data, where, verdict, report, model=model, profile_root=profile)
     if as_json:
-        print_json({**verdict.model_dump(mode="json"), "output": str(where)})
+        written = {} if report is None else {"report": str(report)}
+        print_json({**verdict.model_dump(mode="json"), "output": str(where), **written})
     else:
         show_verdict(verdict, data, where)
+        if report is not None:
+            out.print(f"report: {escape(str(report))}")
     if code := _EXIT_CODES[verdict.verdict]:
         raise typer.Exit(code)
 

@@ -1,0 +1,71 @@
+"""`ScreenReport` to one HTML file that needs nothing else, and to JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.report import facts
+from jobs.report.page import environment
+from jobs.report.screen_facts import screen_report
+from jobs.report.screen_model import ScreenReport
+from jobs.report.strips import Strip, calibration_strips, draw_strips
+from jobs.verdict import Verdict
+from safeft.cache import write_whole
+from safeft.data import iter_rows
+from safeft.models import resolve, weights_hash
+from safeft.profile import SafetyProfile
+from safeft.screen_policy import is_risky
+
+
+def report_screening(
+    data: Path,
+    where: Path,
+    verdict: Verdict,
+    page: Path,
+    *,
+    model: str,
+    profile_root: Path | None = None,
+) -> None:
+    """Write the page about a finished screening, and its JSON beside it."""
+    profile = SafetyProfile.for_weights(weights_hash(resolve(model)), profile_root)
+    report = screen_report(data.name, iter_rows(data), where, verdict, profile, model)
+    write_screen_report(report, page)
+
+
+def write_screen_report(report: ScreenReport, path: Path) -> Path:
+    """Write the page to `path` and its JSON beside it, each whole or not at all.
+
+    Returns:
+        The JSON's path.
+
+    Raises:
+        OSError: the directory cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    as_json = path.with_suffix(".json")
+    write_whole(as_json, report.model_dump_json(indent=1).encode("utf-8", errors="replace"))
+    # Half a surrogate pair can come from a dataset; it is no Unicode text.
+    write_whole(path, render_screening(report).encode("utf-8", errors="replace"))
+    return as_json
+
+
+def render_screening(report: ScreenReport) -> str:
+    """The page's HTML. The same report gives the same text."""
+    policy = report.verdict.policy
+    risky = [score for score in report.scores if is_risky(score, policy)]
+    others = [score for score in report.scores if not is_risky(score, policy)]
+    sampled = ", some shown" if len(report.scores) < report.verdict.rows else ""
+    strips = calibration_strips(report.calibration)
+    strips.append(Strip(f"this dataset: not risky{sampled}", others, "blue", "o"))
+    if risky:
+        strips.append(Strip(f"this dataset: risky{sampled}", risky, "vermillion", "^"))
+    return (
+        environment()
+        .get_template("screen.html.j2")
+        .render(
+            report=report,
+            verdict=report.verdict,
+            strips=draw_strips(strips, policy.row_threshold),
+            reference=facts.calibration(report.calibration, policy.row_threshold),
+        )
+    )
