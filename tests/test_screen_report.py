@@ -13,7 +13,7 @@ import pytest
 
 from jobs.policy import Rules
 from jobs.report.screen_facts import screen_report
-from jobs.report.screen_model import ScreenReport
+from jobs.report.screen_model import ModuleShare, ScreenReport
 from jobs.report.screen_page import render_screening, write_screen_report
 from jobs.verdict import judge
 from safeft.calibration import calibrate
@@ -161,6 +161,22 @@ def test_the_json_beside_the_page_is_the_whole_report(
     assert ScreenReport.model_validate_json(path.read_bytes()) == found
     page = (tmp_path / "out" / "report.html").read_text()
     assert page == render_screening(found)
+
+
+def test_the_riskiest_rows_are_shown_with_their_modules_where_somebody_explains_them(
+    tmp_path: Path, profile: SafetyProfile
+) -> None:
+    where = screening(tmp_path / "s", scored(*SCORES), POLICY)
+    asked: list[int] = []
+
+    def explain(rows: list[Row]) -> list[list[ModuleShare]]:
+        asked.extend(row.line for row in rows)
+        return [[ModuleShare(name=f"layers.{r.line}.q_proj", score=0.5)] for r in rows]
+
+    verdict = judge(where, Rules(POLICY))
+    found = screen_report("data.jsonl", ROWS, where, verdict, profile, "tiny", explain)
+    assert asked == [3, 5]  # the row without a score has none to explain
+    assert "layers.3.q_proj 0.50" in " ".join(Page(render_screening(found)).open.split())
 
 
 def test_error_rates_are_shown_with_their_intervals_or_said_to_be_missing(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import zip_longest
@@ -25,6 +25,7 @@ from jobs.report.screen_model import (
     FlaggedRow,
     Group,
     KnownPrompt,
+    ModuleShare,
     ScreenReport,
 )
 from jobs.verdict import Verdict, decide, iter_scores, known_score
@@ -35,7 +36,9 @@ from safeft.profile import SafetyProfile
 from safeft.prompts import load_prompts
 from safeft.screen_policy import is_risky
 
-SHOWN, SHOWN_GROUPS, SHOWN_LINES = 60, 20, 12
+#: What computes, for each of some rows, the modules that add most to its score, highest first.
+Explain = Callable[[list[Row]], list[list[ModuleShare]]]
+SHOWN, SHOWN_GROUPS, SHOWN_LINES, EXPLAINED = 60, 20, 12, 16
 CHARACTERS = 1200
 DRAWN = 4000  # scores
 MAX_COMPARED = 100_000  # rows whose near-duplicates are looked for
@@ -50,6 +53,7 @@ def screen_report(
     verdict: Verdict,
     profile: SafetyProfile,
     model: str,
+    explain: Explain | None = None,
 ) -> ScreenReport:
     """The report of a finished screening.
 
@@ -57,6 +61,7 @@ def screen_report(
         dataset: its name, as people know it.
         rows: the dataset, in the order in which it was screened.
         directory: where the scores are.
+        explain: asked about the `EXPLAINED` riskiest rows; None leaves their modules out.
 
     Raises:
         InputError: the rows are not those that were screened.
@@ -80,7 +85,7 @@ def screen_report(
         calibration={name: [row[0] for row in group] for name, group in reference.items()},
         errors=[ErrorRate(**cell) for cell in quality["errors"]] if "errors" in quality else None,
         scores=gathered.drawn(),
-        riskiest=gathered.riskiest(),
+        riskiest=gathered.riskiest(explain),
         without=decide(
             iter_scores(directory),
             verdict.policy,
@@ -99,7 +104,7 @@ class _Gathered:
     def __init__(self, verdict: Verdict) -> None:
         self.policy = verdict.policy
         self._listed = {(row.file, row.line): n for n, row in enumerate(verdict.risky_rows[:SHOWN])}
-        self._shown: dict[int, FlaggedRow] = {}
+        self._shown: dict[int, tuple[FlaggedRow, Row | RowProblem]] = {}
         self._scores: list[float] = []
         self._of_length: dict[str, Bucket] = {}
         self._of_script: dict[str, Bucket] = {}
@@ -130,7 +135,7 @@ class _Gathered:
         if len(self._near) < MAX_COMPARED:
             holds = self._compare(said, score["line"], risky)
         if place is not None:
-            self._shown[place] = _flagged(score, value, text, holds)
+            self._shown[place] = _flagged(score, value, text, holds), row
         elif holds is not None and not risky and len(self._unflagged) < SHOWN_GROUPS:
             self._unflagged.append(_flagged(score, value, text, holds))
 
@@ -152,8 +157,15 @@ class _Gathered:
         ordered = np.sort(np.array(self._scores))
         return [float(s) for s in ordered[np.linspace(0, len(ordered) - 1, DRAWN).astype(int)]]
 
-    def riskiest(self) -> list[FlaggedRow]:
-        return [self._shown[place] for place in sorted(self._shown)]
+    def riskiest(self, explain: Explain | None) -> list[FlaggedRow]:
+        shown = [self._shown[place] for place in sorted(self._shown)]
+        scored = [(flagged, row) for flagged, row in shown if flagged.score is not None]
+        asked = [(f, row) for f, row in scored[:EXPLAINED] if isinstance(row, Row)]
+        if explain is not None and asked:
+            answers = explain([row for _, row in asked])
+            for (flagged, _), modules in zip(asked, answers, strict=True):
+                flagged.modules = modules
+        return [flagged for flagged, _ in shown]
 
     def lengths(self) -> list[Bucket]:
         names = [_length(low) for low in LENGTHS]
