@@ -6,13 +6,14 @@ that, never for less; an administrator may allow less, and signs for it with a r
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.strict_yaml import read_yaml
+from safeft.drift import DriftFit
 from safeft.errors import SpecError
 from safeft.profile import SafetyProfile
 from safeft.screen_policy import ScreenPolicy, looser
@@ -34,6 +35,7 @@ class PolicyLimits(BaseModel):
     max_risky_rows: Count | None = None
     worst_rows: Count | None = None
     max_worst_mean: float | None = None
+    max_refusal_drop: float | None = None
     max_dropped_fraction: float | None = None
 
 
@@ -51,13 +53,18 @@ class PolicyFile(PolicyLimits):
     override: Override | None = None
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a dataset is judged by; ``override`` says who allowed a looser policy."""
+class Rules(NamedTuple):
+    """What a dataset is judged by.
+
+    Attributes:
+        override: who allowed a looser policy than the profile's.
+        drift: the profile's estimate of refusals after training; None: it has none.
+    """
 
     policy: ScreenPolicy
     on_risk: OnRisk = "reject"
     override: Override | None = None
+    drift: DriftFit | None = None
 
 
 def read_policy(path: Path) -> PolicyFile:
@@ -116,4 +123,4 @@ def screening_rules(
     policy = policy or PolicyFile()
     limits = with_limits(profile.policy(), policy, "policy", policy.override)
     limits = with_limits(limits, tenant or PolicyLimits(), "screening.policy")
-    return Rules(limits, on_risk, policy.override)
+    return Rules(limits, on_risk, policy.override, profile.drift())

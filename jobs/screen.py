@@ -72,13 +72,13 @@ def screen(
         ProfileError: the profile is missing, incomplete or for other weights.
         InputError: ``output`` holds the verdict on something else.
     """
-    bound = {
+    bound: dict[str, Any] = {
         "data_sha256": data_sha256,
         "rows_sha256": rows_sha256,
         "profile": profile.digest(),
         "code_version": __version__,
     }
-    rules = rules or Rules(profile.policy())
+    rules = rules or Rules(profile.policy(), drift=profile.drift())
     if output.exists():
         earlier = read_verdict(output)
         if all(getattr(earlier, k) == v for k, v in bound.items()):
@@ -105,7 +105,7 @@ def screen(
             raise MeasurementError("screening lost or doubled rows; run it again")
         if profile.digest() != bound["profile"]:
             raise ProfileError("the safety profile was rebuilt meanwhile; screen the data again")
-        verdict = decide(scores, rules.policy, rules.on_risk, rules.override, **bound)
+        verdict = decide(scores, *rules, **bound)
         (staging / "verdict.json").write_text(verdict.model_dump_json(indent=1))
     return verdict
 

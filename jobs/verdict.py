@@ -13,9 +13,11 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from jobs.drift_estimate import RefusalEstimate, broken_by_drift, estimate_refusals
 from jobs.policy import OnRisk, Override, Rules
 from safeft import __version__
 from safeft.cache import write_whole
+from safeft.drift import DriftFit, ExposureTally
 from safeft.errors import InputError, MeasurementError
 from safeft.screen_policy import ScreenPolicy, Tally, is_risky
 
@@ -45,6 +47,7 @@ class Verdict(BaseModel):
         dropped: rows that are set aside; ``dropped_sha256`` is over their numbers (see `digest`),
             so that with ``rows_sha256`` it says exactly which rows may be trained on.
         override: who allowed a policy that is looser than the profile's, and why.
+        estimate: of refusals after training on the rows that are not dropped; None: unknown.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,6 +62,7 @@ class Verdict(BaseModel):
     dropped: int
     dropped_sha256: str
     override: Override | None = None
+    estimate: RefusalEstimate | None = None
     data_sha256: str
     rows_sha256: str
     profile: str
@@ -76,10 +80,6 @@ class Verdict(BaseModel):
             said += ", which the policy allows"
         return said
 
-    def rules(self) -> Rules:
-        """What the dataset was judged by."""
-        return Rules(self.policy, self.on_risk, self.override)
-
     def digest(self) -> str:
         """SHA-256 of the whole verdict: what a reviewer's decision is bound to."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -90,25 +90,32 @@ def decide(
     policy: ScreenPolicy,
     on_risk: OnRisk = "reject",
     override: Override | None = None,
+    drift: DriftFit | None = None,
     **bound: Any,
 ) -> Verdict:
     """Apply a policy to row scores, in one pass. A row without a finite score is unknown: risky.
 
     Args:
         scores: of each row ``index``, ``line``, ``score``, ``error`` and perhaps ``file``.
+        policy, on_risk, override, drift: see `Rules`.
         bound: the hashes that the verdict is on, see `Verdict`.
 
     Raises:
         MeasurementError: there are no scores at all.
     """
     everything, kept = Tally(policy), Tally(policy)
+    # A fit counts risky rows by the threshold that it was made with.
+    line = policy.row_threshold if drift is None else drift.row_threshold
+    exposed, exposed_kept = ExposureTally(line), ExposureTally(line)
     aside = array("q")
     listed: list[tuple[float, int, RiskyRow]] = []  # a heap: the least risky of the listed first
     for one in scores:
         score = known_score(one)
         everything.add(score)
+        exposed.add(score)
         if not is_risky(score, policy):
             kept.add(score)
+            exposed_kept.add(score)
             continue
         aside.append(one["index"])
         error = (one["error"] or "no score") if score is None else None
@@ -121,7 +128,9 @@ def decide(
     if everything.rows == 0:
         raise MeasurementError("screening scored no rows; nothing can be accepted")
     drop = on_risk == "drop" and bool(aside)
+    estimate = estimate_refusals(drift, exposed_kept if drop else exposed)
     broken = _broken_by_the_rest(everything, kept) if drop else everything.broken()
+    broken += broken_by_drift(estimate, policy)
     dropped = sorted(aside) if drop and not broken else []
     held: Literal["rejected", "review"] = "review" if on_risk == "review" else "rejected"
     return Verdict(
@@ -136,6 +145,7 @@ def decide(
         dropped=len(dropped),
         dropped_sha256=_digest(dropped),
         override=override,
+        estimate=estimate,
         **bound,
     )
 
@@ -167,10 +177,12 @@ def judge(directory: Path, rules: Rules) -> Verdict:
         InputError: there is no finished screening.
     """
     earlier = read_verdict(directory)
-    if earlier.rules() == rules:
+    fit = earlier.estimate and earlier.estimate.fit
+    now = Rules(earlier.policy, earlier.on_risk, earlier.override, rules.drift)
+    if now == rules and fit == (rules.drift and rules.drift.digest()):
         return earlier
     bound = {name: getattr(earlier, name) for name in _BOUND}
-    verdict = decide(iter_scores(directory), rules.policy, rules.on_risk, rules.override, **bound)
+    verdict = decide(iter_scores(directory), *rules, **bound)
     if verdict.rows != earlier.rows:
         raise InputError(f"{directory / ROWS} was changed; remove {directory} and screen again")
     write_whole(directory / VERDICT, verdict.model_dump_json(indent=1))

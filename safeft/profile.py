@@ -16,6 +16,7 @@ from typing import Any
 
 from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
+from safeft.drift import HOW, DriftFit
 from safeft.errors import ProfileError
 from safeft.reference_state import ReferenceState
 from safeft.screen_policy import ScreenPolicy
@@ -44,6 +45,9 @@ CONSTRAINT_PARTS = (
     "autoencoder",
 )
 PARTS = SCREENING_PARTS + CONSTRAINT_PARTS
+#: Made by `benchmarks.drift`, which trains on a dozen datasets; no job needs it.
+DRIFT = "drift"
+DRIFT_FROM = ("safety-direction", "danger-direction", "calibration", "baseline")
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,20 @@ class SafetyProfile:
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{self.root / 'calibration'}: {error}; {REBUILD}") from None
 
+    def drift(self) -> DriftFit | None:
+        """What training does to refusals, as a function of scores; None: never measured.
+
+        Raises:
+            ProfileError: it was measured with other directions, or holds something else.
+        """
+        if not (self.root / DRIFT).exists():
+            return None
+        self.verify([DRIFT])
+        try:
+            return DriftFit(**self.json(DRIFT, "drift.json")["fit"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"{self.root / DRIFT}: {error}; remove it and {HOW}") from None
+
     def json(self, part: str, file: str) -> Any:
         """A JSON file of a part.
 
@@ -205,6 +223,8 @@ class SafetyProfile:
 
 def rebuild(part: str) -> str:
     """What to do about one part that is not as it should be."""
+    if part == DRIFT:
+        return f"remove it and {HOW}"
     if part in CONSTRAINT_PARTS:
         return f"run `safeft profile build --model MODEL --part {part}`"
     return REBUILD

@@ -24,6 +24,8 @@ class ScreenPolicy:
         max_risky_rows: a dataset with more risky rows breaks it, however large the dataset is.
         worst_rows: of how many of the highest scores `max_worst_mean` limits the mean.
         max_worst_mean: a higher mean of those breaks it; None: no such rule.
+        max_refusal_drop: an estimated loss of refusals that is larger breaks it, in (0, 1]; so does
+            one that cannot be estimated. None: no such rule.
         max_dropped_fraction: no more than this share may be set aside to save the rest: of a
             dataset that is mostly risky, what was overlooked is too much of what remains.
     """
@@ -34,6 +36,7 @@ class ScreenPolicy:
     max_risky_rows: int = 100
     worst_rows: int = 10
     max_worst_mean: float | None = None
+    max_refusal_drop: float | None = None
     max_dropped_fraction: float = 0.5
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -51,6 +54,8 @@ class ScreenPolicy:
             raise ValueError("max_risky_rows must not be negative")
         if self.max_worst_mean is not None and not math.isfinite(self.max_worst_mean):
             raise ValueError("max_worst_mean must be a finite number, or left out")
+        if self.max_refusal_drop is not None and not 0 < self.max_refusal_drop <= 1:
+            raise ValueError("max_refusal_drop must be in (0, 1], or left out")
 
 
 def looser(policy: ScreenPolicy, base: ScreenPolicy) -> list[str]:

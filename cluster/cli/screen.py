@@ -95,6 +95,8 @@ def show_verdict(verdict: Verdict, data: Path, where: Path) -> None:
     """The verdict, and which rows are behind it."""
     colour = _COLOURS[verdict.verdict]
     out.print(f"[bold {colour}]{verdict.verdict}[/] {escape(str(data))}: {verdict.reason}")
+    if verdict.estimate:
+        out.print(str(verdict.estimate))
     if verdict.risky_rows:
         table = Table("line", "SQSD", "why", title="risky rows")
         for row in verdict.risky_rows[:SHOWN_ROWS]:

@@ -91,6 +91,7 @@ def screen_report(
             verdict.policy,
             "drop",
             verdict.override,
+            profile.drift(),
             **{name: getattr(verdict, name) for name in bound},
         ),
         lengths=gathered.lengths(),
