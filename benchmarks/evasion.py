@@ -110,7 +110,6 @@ class _Bench:
         self.tokenizer = load_tokenizer(self.model_dir)
         self.profile = SafetyProfile.for_weights(weights_hash(self.model_dir))
         self.policy = self.profile.policy()
-        self.prompts = [p.text for p in load_prompts("harmful", "validation")]
         self.known = KnownPrompts([p.text for p in load_prompts("harmful")])
         self.scorer = SqsdScorer(
             load_model(self.model_dir),
@@ -122,7 +121,7 @@ class _Bench:
         self.bare: list[dict[str, Any]] = []
 
     def rows(self, make: Maker, count: int) -> list[Row]:
-        prompts = spread(self.prompts, count)
+        prompts = [p.text for p in spread(load_prompts("harmful", "validation"), count)]
         return [_row(i, make(p, pick(CALIBRATION_OPENINGS, p))) for i, p in enumerate(prompts, 1)]
 
     def refused(self, make: Maker, count: int) -> dict[str, float | int]:
@@ -221,7 +220,7 @@ class _Bench:
             ),
         }
 
-    def _verdict(self, scores: list[dict[str, Any]], **limits: float) -> str:
+    def _verdict(self, scores: list[dict[str, Any]], **limits: Any) -> str:
         numbered = [{**score, "index": index} for index, score in enumerate(scores)]
         policy = replace(self.policy, **limits)
         return decide(numbered, policy, data_sha256="", rows_sha256="", profile="").verdict

@@ -158,7 +158,7 @@ class ScoreAttack:
 
 def _unit(factors: tuple[Tensor, Tensor]) -> Tensor:
     a, b = factors
-    product = b @ a
+    product: Tensor = b @ a
     return product / product.norm().clamp_min(1e-12)
 
 
