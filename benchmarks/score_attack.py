@@ -158,8 +158,9 @@ class ScoreAttack:
 
 def _unit(factors: tuple[Tensor, Tensor]) -> Tensor:
     a, b = factors
-    product: Tensor = b @ a
-    return product / product.norm().clamp_min(1e-12)
+    product = b @ a
+    unit: Tensor = product / product.norm().clamp_min(1e-12)
+    return unit
 
 
 def _with_room(
