@@ -55,7 +55,9 @@ def calibrate(
     harmless = {**benign, **borderline}
     for name, scores in {**harmless, **danger}.items():
         if len(scores) < 2:
-            raise ProfileError(f"there is no reference row of class {name!r}: no answers to score")
+            raise ProfileError(
+                f"there is no reference row of class {name!r}, or just one: no answers to score"
+            )
     pairs = {
         f"{name} / {other}": area_under_curve(scores, others)
         for name, scores in harmless.items()
