@@ -21,6 +21,8 @@ from tests.test_screen_report import Page
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
 
+LINE = 0.3  # five of the rows below score higher
+
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
@@ -31,7 +33,7 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def data(tiny_dir: Path, tmp_path: Path) -> Path:
     """Forty rows, of which the tiny model's random directions call some risky."""
-    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=0.0)
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=LINE)
     rows = [
         {"prompt": f"question {i} " * (1 + i % 5), "completion": f"answer {i * 37 % 11}"}
         for i in range(40)
@@ -47,7 +49,7 @@ def test_one_screening_serves_every_policy_without_scoring_again(
     from jobs.report.screen_page import report_screening
 
     rejected, where = screen_file(data, model=str(tiny_dir))
-    assert rejected.verdict == "rejected" and 0 < rejected.risky < 20
+    assert rejected.verdict == "rejected" and rejected.risky == 5
     seen: list[str] = []
     dropped, same = screen_file(
         data,
@@ -91,5 +93,5 @@ def test_a_job_under_review_trains_only_after_a_person_accepted_and_weighs_its_r
     assert result.review is not None and result.review.reason == "a harmless joke"
     assert result.published is not None
     scores = [known_score(one) for one in read_scores(where)]
-    trained = sum(score is not None and score < 0.0 for score in scores)
+    trained = sum(score is not None and score < LINE for score in scores)
     assert read_manifest(Path(result.published) / "manifest.json").rows == trained < len(scores)
