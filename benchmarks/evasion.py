@@ -79,7 +79,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows of each kind.")] = False,
 ) -> None:
     """Score every way of hiding, attack the score, and print what passes."""
-    count, attacked = (6, 1) if quick else (40, 8)
+    count, attacked = (6, 1) if quick else (40, 5)
     config = AttackConfig(steps=3, candidates=8) if quick else AttackConfig()
     with progress_bars() as progress:
         bench = _Bench(progress)

@@ -30,7 +30,7 @@ Scores = Mapping[str, Sequence[float]]
 
 
 def calibrate(
-    benign: Scores, danger: Scores, borderline: Scores | None = None
+    benign: Scores, danger: Scores, hard: Scores | None = None
 ) -> tuple[ScreenPolicy, dict[str, Any]]:
     """The policy for these reference scores, by class, and how often it would be wrong.
 
@@ -39,67 +39,80 @@ def calibrate(
     most `MAX_FALSE_REJECTS` of benign ones; see `mixtures` for what those are.
 
     Args:
-        borderline: rows whose prompts sound harmful and are not.
+        hard: benign rows that are hard to tell from dangerous ones.
 
     Returns:
-        The policy and its quality. ``auc`` and ``pairs`` (for each pair of classes) are over all
-        rows. On the rows that did not set the policy: ``flagged``, the share above the threshold
-        in each class with its Wilson interval, and ``errors``, see `mixtures.error_rates`.
+        The policy and its quality. ``auc`` (benign rows and hard ones as mixtures have them, from
+        dangerous ones) and ``pairs`` (of classes) are over all rows. On the rows that did not set
+        the policy: ``flagged``, the share above the threshold in each class with its Wilson
+        interval, and ``errors``, see `mixtures.error_rates`.
 
     Raises:
         ProfileError: a class is empty, or the scores do not tell the classes apart (AUC below
-            `MIN_AUC`, or of a pair of benign and danger below `MIN_PAIR_AUC`): such directions
-            must not decide over anybody's data. Or no policy keeps both kinds of error low.
+            `MIN_AUC`; or below `MIN_PAIR_AUC` for a pair of benign and danger, or for all hard
+            rows and a class of danger): such directions must not decide over anybody's data. Or no
+            policy keeps both kinds of error low.
     """
-    borderline = borderline or {}
-    harmless = {**benign, **borderline}
-    for name, scores in {**harmless, **danger}.items():
+    hard = hard or {}
+    for name, scores in {**benign, **hard, **danger}.items():
         if len(scores) < 2:
             raise ProfileError(
                 f"there is no reference row of class {name!r}, or just one: no answers to score"
             )
     pairs = {
         f"{name} / {other}": area_under_curve(scores, others)
-        for name, scores in harmless.items()
+        for name, scores in {**benign, **hard}.items()
         for other, others in danger.items()
     }
-    auc = area_under_curve(_all(harmless), _all(danger))
-    worst = min((f"{b} / {d}" for b in benign for d in danger), key=lambda name: pairs[name])
+    auc = _require_separation(benign, danger, hard)
+    policy = _best(*(_every_other(kind, 0) for kind in (benign, hard, danger)))
+    held_out = [_every_other(kind, 1) for kind in (benign, hard, danger)]
+    flagged = {
+        name: _flagged(scores, policy).to_dict()
+        for kind in held_out
+        for name, scores in kind.items()
+    }
+    plain, looks_bad, bad = (_flagged(_all(kind), policy) if kind else None for kind in held_out)
+    assert plain is not None and bad is not None
+    return policy, {
+        "auc": auc,
+        "pairs": pairs,
+        "flagged": flagged,
+        "errors": error_rates(policy, Flagged(plain, looks_bad, bad)),
+    }
+
+
+def _require_separation(benign: Scores, danger: Scores, hard: Scores) -> float:
+    auc = area_under_curve(_all(benign), _all(danger))
+    groups = dict(benign)
+    if hard:
+        groups["hard benign rows"] = _all(hard)
+        auc = mean(mixed(auc, area_under_curve(_all(hard), _all(danger))))
+    pairs = {
+        f"{name} / {other}": area_under_curve(scores, others)
+        for name, scores in groups.items()
+        for other, others in danger.items()
+    }
+    worst = min(pairs, key=lambda name: pairs[name])
     if not (auc >= MIN_AUC and pairs[worst] >= MIN_PAIR_AUC):
         raise ProfileError(
             f"SQSD does not separate danger from benign rows on this model (AUC {auc:.2f}, at "
             f"least {MIN_AUC} is needed; {worst}: {pairs[worst]:.2f}, at least {MIN_PAIR_AUC}); "
             "train the directions longer or on more prompts"
         )
-    policy = _best(*(_every_other(kind, 0) for kind in (benign, borderline, danger)))
-    held_out = [_every_other(kind, 1) for kind in (benign, borderline, danger)]
-    flagged = {
-        name: _flagged(scores, policy).to_dict()
-        for kind in held_out
-        for name, scores in kind.items()
-    }
-    plain, sounding, bad = (_flagged(_all(kind), policy) if kind else None for kind in held_out)
-    assert plain is not None and bad is not None
-    return policy, {
-        "auc": auc,
-        "pairs": pairs,
-        "flagged": flagged,
-        "errors": error_rates(policy, Flagged(plain, sounding, bad)),
-    }
+    return auc
 
 
-def _best(benign: Scores, borderline: Scores, danger: Scores) -> ScreenPolicy:
-    ordered = sorted({*_all(benign), *_all(borderline), *_all(danger)})
+def _best(benign: Scores, hard: Scores, danger: Scores) -> ScreenPolicy:
+    ordered = sorted({*_all(benign), *_all(hard), *_all(danger)})
     middles = [mean(pair) for pair in pairwise(ordered)]
     step = max(1, len(middles) // THRESHOLDS)
     best: ScreenPolicy | None = None
     lowest = (math.inf, math.inf)
     for threshold in middles[::step]:
         base = ScreenPolicy(threshold)
-        plain, sounding, bad = (
-            _smoothed(_all(kind), base) for kind in (benign, borderline, danger)
-        )
-        goods = mixed(plain, sounding if borderline else None)
+        plain, looks_bad, bad = (_smoothed(_all(kind), base) for kind in (benign, hard, danger))
+        goods = mixed(plain, looks_bad if hard else None)
         good = mean(goods)
         for fraction in FRACTIONS:
             policy = replace(base, max_risky_fraction=fraction)

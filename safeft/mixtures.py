@@ -1,7 +1,8 @@
 """How often a policy would be wrong about whole datasets, from how often rows are flagged.
 
-A dataset of n rows is thought of as rows drawn one by one: benign ones, some of them borderline
-(with prompts that sound harmful and are not), and in a poisoned one a share of dangerous ones. The
+A dataset of n rows is thought of as rows drawn one by one: benign ones, some of them hard to tell
+(their prompts sound harmful and are not, or their answers are bare compliant openings), and in a
+poisoned one a share of dangerous ones. The
 number of flagged rows is then a sum of two binomials, so that the chance of a rejection is computed
 exactly, for the measured rates and for the ends of their intervals, rather than simulated.
 """
@@ -21,22 +22,21 @@ from safeft.screen_policy import ScreenPolicy
 
 SIZES = (100, 1000)
 POISONED = (0.01, 0.05, 0.10, 0.20)
-#: Of a dataset's benign rows so many are borderline: a dataset is as likely to have one share as
-#: another.
-BORDERLINE = (0.0, 0.05, 0.10, 0.15, 0.20)
+#: Of a dataset's benign rows so many are hard: a dataset is as likely to have one share as another.
+HARD = (0.0, 0.05, 0.10, 0.15, 0.20)
 
 
 @dataclass(frozen=True)
 class Flagged:
-    """Rates of flagged rows; ``borderline`` is None where no such rows were measured."""
+    """Rates of flagged rows; ``hard`` is None where no such rows were measured."""
 
     benign: Rate
-    borderline: Rate | None
+    hard: Rate | None
     danger: Rate
 
 
 def error_rates(policy: ScreenPolicy, flagged: Flagged) -> list[dict[str, float]]:
-    """The policy's errors, for each of `SIZES` and shares of poison, over shares of borderline.
+    """The policy's errors, for each of `SIZES` and shares of poison, over shares of hard rows.
 
     ``low`` and ``high`` let all the rates be at the favourable or unfavourable ends of their 95 %
     intervals at once. Rules about the mean of the worst rows are not counted: with them false
@@ -49,8 +49,8 @@ def error_rates(policy: ScreenPolicy, flagged: Flagged) -> list[dict[str, float]
 
     def at(end: str) -> tuple[list[float], float]:
         plain, danger = getattr(flagged.benign, end), getattr(flagged.danger, end)
-        sounding = None if flagged.borderline is None else getattr(flagged.borderline, end)
-        return mixed(plain, sounding), danger
+        hard = None if flagged.hard is None else getattr(flagged.hard, end)
+        return mixed(plain, hard), danger
 
     ends = {"rate": at("value"), "low": at("low"), "high": at("high")}
     found = []
@@ -67,11 +67,11 @@ def error_rates(policy: ScreenPolicy, flagged: Flagged) -> list[dict[str, float]
     return found
 
 
-def mixed(plain: float, borderline: float | None) -> list[float]:
-    """The chances that a benign row is flagged, for each share of `BORDERLINE`."""
-    if borderline is None:
+def mixed(plain: float, hard: float | None) -> list[float]:
+    """The chances that a benign row is flagged, for each share of `HARD`."""
+    if hard is None:
         return [plain]
-    return [(1 - share) * plain + share * borderline for share in BORDERLINE]
+    return [(1 - share) * plain + share * hard for share in HARD]
 
 
 def rejection(

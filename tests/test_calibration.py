@@ -55,18 +55,18 @@ def test_the_rows_that_set_the_policy_would_seldom_be_rejected(
 
 
 def test_rates_are_measured_on_rows_that_did_not_set_the_policy() -> None:
-    # Every other row sets it: those look perfect, the others are all like danger.
-    benign = [0.0 + i / 1000 if i % 2 == 0 else 4.5 + i / 1000 for i in range(20)]
+    # Every other row sets it: those look perfect, the others like the least danger.
+    benign = [0.0 + i / 1000 if i % 2 == 0 else 4.02 + i / 1000 for i in range(20)]
     many = [i / 1000 for i in range(1000)]
-    _, quality = calibrate({"benign": many}, {"danger": HIGH}, {"borderline": benign})
+    _, quality = calibrate({"benign": many}, {"danger": HIGH}, {"hard": benign})
     assert quality["flagged"]["benign"]["hits"] <= 1
-    assert quality["flagged"]["borderline"] == Rate(10, 10).to_dict()
+    assert quality["flagged"]["hard"] == Rate(10, 10).to_dict()
     assert quality["flagged"]["danger"]["n"] == 50
 
 
 def test_more_poison_is_missed_less_and_every_rate_has_its_interval() -> None:
     benign = {"benign": LOW, "benign, other": [*LOW, *HIGH[:4]]}
-    _, quality = calibrate(benign, {"danger": [*HIGH, *LOW[:3]]}, {"borderline": LOW})
+    _, quality = calibrate(benign, {"danger": [*HIGH, *LOW[:3]]}, {"hard": LOW})
     for size in SIZES:
         cells = [cell for cell in quality["errors"] if cell["rows"] == size]
         assert [cell["poisoned"] for cell in cells] == [0.0, *POISONED]

@@ -71,7 +71,7 @@ class ProfileConfig:
     skip_layers: float = 0.5
     steering: int = 12
     selection: int = 10
-    calibration: int = 144
+    calibration: int = 200
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

@@ -138,11 +138,10 @@ class SqsdParts:
             if lost := [s for s in scores[name] if s.error]:
                 raise ProfileError(f"calibration: a {name} row has no score ({lost[0].error})")
         values = {name: [s.score for s in part] for name, part in scores.items()}
-        benign, borderline, danger = (
-            {name: v for name, v in values.items() if word in name}
-            for word in (*BENIGN_KINDS, "danger")
-        )
-        policy, quality = calibrate(benign, danger, borderline)
+        benign = {name: v for name, v in values.items() if name == "benign"}
+        danger = {name: v for name, v in values.items() if "danger" in name}
+        hard = {name: v for name, v in values.items() if name not in {**benign, **danger}}
+        policy, quality = calibrate(benign, danger, hard)
         (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
         (out / "quality.json").write_text(json.dumps(quality, indent=1))
         summary = {
