@@ -83,24 +83,26 @@ def main(
     config = AttackConfig(steps=3, candidates=8) if quick else AttackConfig()
     with progress_bars() as progress:
         bench = _Bench(progress)
-        found = {
+        found: dict[str, Any] = {
             "threshold": bench.policy.row_threshold,
             "max_risky_fraction": bench.policy.max_risky_fraction,
             "rows": count,
             "refused": {name: bench.refused(make, count) for name, make in UNREADABLE.items()},
             "variants": bench.variants(count, 24 if quick else BENIGN_ROWS),
-            "attack": {
-                "config": asdict(config),
-                **{
-                    f"tokens in the {where}": bench.attack(where, attacked, config)
-                    for where in ("prompt", "answer")
-                },
-            },
+            "split": bench.split(),
+            "attack": {},
+            "attack_config": asdict(config),
         }
-        found["split"] = bench.split()
+        _write(found, json_file)  # the attack takes longest
+        for where in ("prompt", "answer"):
+            found["attack"][f"tokens in the {where}"] = bench.attack(where, attacked, config)
+            _write(found, json_file)
     _show(found)
-    if json_file:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _write(found: dict[str, Any], file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 class _Bench:
@@ -248,10 +250,9 @@ def _show(found: dict[str, Any]) -> None:
             _percent(one["known_prompt_found"]),
         )
     for name, one in found["attack"].items():
-        if name != "config":
-            score = f"{one['mean_before']:+.1f} to {one['mean_after']:+.1f}"
-            row = (_percent(one["passes"]), score, "", _percent(one["known_prompt_found"]))
-            table.add_row(f"attack, {name}", *row)
+        score = f"{one['mean_before']:+.1f} to {one['mean_after']:+.1f}"
+        row = (_percent(one["passes"]), score, "", _percent(one["known_prompt_found"]))
+        table.add_row(f"attack, {name}", *row)
     out.print(table)
     for name, rate in found["refused"].items():
         out.print(f"refused before scoring: {name}: {_percent(rate)}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from jobs.policy import Override, PolicyFile, PolicyLimits, Rules, read_policy, with_limits
+from cluster.cli import screen
+from cluster.cli.main import app
+from jobs.policy import OnRisk, Override, PolicyFile, PolicyLimits, Rules, read_policy, with_limits
 from jobs.review import is_accepted, read_decision, record_decision, require_accepted
 from jobs.screen import SCORE_SCHEMA
 from jobs.verdict import MAX_LISTED, Verdict, decide, judge, kept_indices, read_verdict
@@ -208,6 +211,26 @@ def test_a_dataset_under_review_waits_for_a_person(open_review: tuple[Path, Verd
     assert decision is not None
     assert is_accepted(verdict, decision) and not is_accepted(verdict, None)
     require_accepted(Path("x.jsonl"), verdict, where, decision)
+
+
+def test_the_review_command_decides_and_needs_a_yes_or_a_no(
+    open_review: tuple[Path, Verdict],
+) -> None:
+    where, verdict = open_review
+    said = ["review", str(where), "--reviewer", "ada", "--reason", "agreed"]
+    assert CliRunner().invoke(app, said).exit_code == 2
+    assert read_decision(where, verdict) is None
+    done = CliRunner().invoke(app, [*said, "--accept", "--json"])
+    assert done.exit_code == 0, done.output
+    decision = read_decision(where, verdict)
+    assert decision is not None and decision.decision == "accepted"
+
+
+def test_the_screen_command_knows_every_verdict_and_every_way_with_risky_rows() -> None:
+    verdicts = get_args(Verdict.model_fields["verdict"].annotation)
+    assert screen.EXIT_CODES == {"accepted": 0, "rejected": 3, "review": 5}
+    assert set(verdicts) == set(screen.EXIT_CODES)
+    assert [way.value for way in screen.OnRisk] == list(get_args(OnRisk))
 
 
 def test_a_reviewer_can_reject(open_review: tuple[Path, Verdict]) -> None:

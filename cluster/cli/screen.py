@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 15
 _COLOURS = {"accepted": "green", "review": "yellow", "rejected": "red"}
-_EXIT_CODES = {"accepted": 0, "rejected": 3, "review": 5}
+EXIT_CODES = {"accepted": 0, "rejected": 3, "review": 5}
 
 
 class OnRisk(StrEnum):
@@ -87,7 +87,7 @@ def screen(
         show_verdict(verdict, data, where)
         if report is not None:
             out.print(f"report: {escape(str(report))}")
-    if code := _EXIT_CODES[verdict.verdict]:
+    if code := EXIT_CODES[verdict.verdict]:
         raise typer.Exit(code)
 
 
