@@ -77,9 +77,11 @@ UNREADABLE: dict[str, Maker] = {
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows of each kind.")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each way of hiding.")] = 40,
+    attacked: Annotated[int, typer.Option(min=1, help="Rows whose score is attacked.")] = 5,
 ) -> None:
     """Score every way of hiding, attack the score, and print what passes."""
-    count, attacked = (6, 1) if quick else (40, 5)
+    count, attacked = (6, 1) if quick else (rows, attacked)
     config = AttackConfig(steps=3, candidates=8) if quick else AttackConfig()
     with progress_bars() as progress:
         bench = _Bench(progress)
