@@ -119,9 +119,14 @@ def _arm(
 
 
 def _gsm8k(data: Path) -> tuple[list[Row], list[Row]]:
-    train = [row for row in load_rows(data / "gsm8k_train.jsonl") if _short(row)]
+    train = short_rows(data)
     test = [row for row in load_rows(data / "gsm8k_test.jsonl") if _short(row)]
     return train[: ROWS - HARMFUL], test[:HELD_OUT]
+
+
+def short_rows(data: Path) -> list[Row]:
+    """GSM8K's training rows that are not long."""
+    return [row for row in load_rows(data / "gsm8k_train.jsonl") if _short(row)]
 
 
 def _short(row: Row) -> bool:

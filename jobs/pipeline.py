@@ -17,18 +17,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from jobs.evaluate import COMPARABLE, Evaluation, evaluate
 from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.parts import needed_parts
+from jobs.policy import OnRisk, PolicyFile, screening_rules
+from jobs.review import Decision, is_accepted, read_decision, require_accepted
 from jobs.runtime import embedded_ray
 from jobs.screen import screen
 from jobs.screening.sources import Source
 from jobs.spec import FinetuneSpec
+from jobs.training_rows import training_rows
 from jobs.verdict import Verdict
 from safeft.cache import publish_dir, sha256_file, write_whole
 from safeft.data import Row, TokenisedRow, load_rows, tokenise_all
 from safeft.data.digest import row_digest, rows_sha256
-from safeft.errors import DatasetRejected, InputError, ProfileError, SafetyGateFailed
+from safeft.errors import InputError, ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
 from safeft.models import load_tokenizer, resolve, weights_hash
-from safeft.own_refusals import load_refusals, refusal_row
 from safeft.profile import REBUILD, SafetyProfile
 from safeft.progress import Progress, silent
 
@@ -48,7 +50,10 @@ class Gate(BaseModel):
 
 
 class JobResult(BaseModel):
-    """Everything a finished job leaves, beside the weights themselves."""
+    """Everything a finished job leaves, beside the weights themselves.
+
+    ``review``: the decision of a person, where screening left the dataset to one.
+    """
 
     model_config = ConfigDict(extra="forbid")
     name: str
@@ -56,6 +61,7 @@ class JobResult(BaseModel):
     candidate: str
     published: str | None
     verdict: Verdict
+    review: Decision | None
     override_reason: str | None
     manifest: Manifest
     before: Evaluation
@@ -105,44 +111,58 @@ def screen_file(
     scorers: int = 1,
     max_scorers: int | None = None,
     use_gpu: bool = False,
+    on_risk: OnRisk = "reject",
+    policy: PolicyFile | None = None,
     address: str | None = None,
     progress: Progress = silent,
 ) -> tuple[Verdict, Path]:
-    """`jobs.screen.screen` for a model given as a source string."""
+    """`jobs.screen.screen` for a model given as a source string.
+
+    Args:
+        policy: an administrator's limits for this tenant, in place of the profile's.
+    """
     model_dir = resolve(model, progress)
+    profile = SafetyProfile.for_weights(weights_hash(model_dir), profile_root)
     return screen(
         data,
         model_dir=model_dir,
-        profile=SafetyProfile.for_weights(weights_hash(model_dir), profile_root),
+        profile=profile,
         output=output,
         max_tokens=max_tokens,
         scorers=scorers,
         max_scorers=max_scorers,
         use_gpu=use_gpu,
+        rules=screening_rules(profile, on_risk, policy),
         address=address,
         progress=progress,
     )
 
 
 def run_job(
-    spec: FinetuneSpec, progress: Progress = silent, *, screening: Path | None = None
+    spec: FinetuneSpec,
+    progress: Progress = silent,
+    *,
+    screening: Path | None = None,
+    policy: PolicyFile | None = None,
 ) -> JobResult:
     """Run one fine-tuning job from its spec to a verdict on the tuned model.
 
     Args:
         screening: where the screening of the data is, or goes; default: the cache.
+        policy: an administrator's limits for this tenant, in place of the profile's.
 
     Raises:
         InputError: the data or the spec is wrong.
         ProfileError: the base model has no complete safety profile.
-        DatasetRejected: screening rejected the data and the spec overrides nothing.
+        DatasetRejected: screening or a reviewer rejected the data and the spec overrides nothing.
+        DatasetUnderReview: screening left the data to a reviewer, who has not decided.
         TrainingError, ModelError, MeasurementError: the stage that failed.
     """
     model_dir = resolve(spec.model, progress)
     profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
     profile.verify()
+    rules = screening_rules(profile, spec.screening.on_risk, policy, spec.screening.policy)
     parts = needed_parts(spec, profile)
-    safety = _safety_rows(spec.data.safety_rows, profile, model_dir)
     before = _baseline(profile)
     max_tokens = spec.data.max_tokens
     dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
@@ -159,22 +179,24 @@ def run_job(
             scorers=spec.screening.scorers,
             max_scorers=spec.screening.max_scorers,
             use_gpu=spec.screening.use_gpu,
+            rules=rules,
             progress=progress,
         )
         require_screened(dataset, verdict)
-        if verdict.verdict == "rejected" and spec.screening.override_reason is None:
-            raise DatasetRejected(
-                f"{dataset.path}: rejected, {verdict.reason}; row scores are in {where}"
-            )
+        review = read_decision(where, verdict) if verdict.verdict == "review" else None
+        if spec.screening.override_reason is None:
+            require_accepted(dataset.path, verdict, where, review)
+        used = training_rows(spec, dataset.tokenised, verdict, where, profile, model_dir)
         tuned = finetune(
             spec,
-            rows=[*dataset.tokenised, *safety],
+            rows=used.rows,
+            weights=used.weights,
             model_dir=model_dir,
             profile=parts,
             output=spec.output / TRAINING,
             progress=progress,
         )
-    return _judge(spec, verdict, tuned, model_dir, before, held_out, progress)
+    return _judge(spec, verdict, review, tuned, model_dir, before, held_out, progress)
 
 
 def require_screened(dataset: Dataset, verdict: Verdict) -> None:
@@ -190,28 +212,10 @@ def require_screened(dataset: Dataset, verdict: Verdict) -> None:
         )
 
 
-def _safety_rows(count: int, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:
-    """Harmful prompts with the base model's own refusals; the profile has them in random order.
-
-    Raises:
-        ProfileError: the profile has none, or fewer than asked for.
-    """
-    if count == 0:
-        return []
-    profile.verify(["refusals"])
-    refusals = load_refusals(profile.path("refusals"))
-    if count > len(refusals):
-        raise ProfileError(
-            f"data.safety_rows: {count} are asked for, but the profile holds {len(refusals)}; "
-            "lower it, or build the part with more prompts"
-        )
-    tokenizer = load_tokenizer(model_dir)
-    return [refusal_row(tokenizer, refusal) for refusal in refusals[:count]]
-
-
 def _judge(
     spec: FinetuneSpec,
     verdict: Verdict,
+    review: Decision | None,
     tuned: FinetuneResult,
     model_dir: Path,
     before: Evaluation,
@@ -228,7 +232,7 @@ def _judge(
     )
     gate = safety_gate(before, after)
     # Rejected data may be trained on for a stated reason, but what comes of it is not published.
-    publish = gate.passed and verdict.verdict == "accepted"
+    publish = gate.passed and is_accepted(verdict, review)
     published = spec.output / tuned.manifest.kind
     result = JobResult(
         name=spec.name,
@@ -236,6 +240,7 @@ def _judge(
         candidate=str(tuned.weights),
         published=str(published) if publish else None,
         verdict=verdict,
+        review=review,
         override_reason=spec.screening.override_reason,
         manifest=tuned.manifest,
         before=before,

@@ -9,19 +9,17 @@ run that was killed goes on where it was.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
-
+from jobs.policy import Rules
 from jobs.runtime import embedded_ray
 from jobs.screening.blocks import BlockStore
 from jobs.screening.record import RECORD, Binding, bind, require_same
 from jobs.screening.scan import Scan, changed, scan
 from jobs.screening.sources import Source, find_files
 from jobs.screening.stream import Pool, score_missing
-from jobs.verdict import Verdict, decide, read_verdict
+from jobs.verdict import ROWS, VERDICT, Verdict, decide, iter_scores, judge
 from safeft.cache import cache_root, locked, publish_dir
 from safeft.data import RowLimits
 from safeft.data.digest import tokenisation_sha256
@@ -29,8 +27,6 @@ from safeft.errors import ProfileError
 from safeft.models import load_tokenizer
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
-
-ROWS, VERDICT = "rows.parquet", "verdict.json"
 
 
 def screen(
@@ -43,6 +39,7 @@ def screen(
     scorers: int = 1,
     max_scorers: int | None = None,
     use_gpu: bool = False,
+    rules: Rules | None = None,
     address: str | None = None,
     progress: Progress = silent,
 ) -> tuple[Verdict, Path]:
@@ -50,12 +47,13 @@ def screen(
 
     A row that cannot be read, tokenised or scored is a row of the result with its error. Without
     an ``output`` the result is kept in the cache under what it is bound to, where a training job
-    of the same data finds it. An ``output`` that already holds it is returned as it is.
+    of the same data finds it. What an ``output`` already holds is judged, and not scored again.
 
     Args:
         sources: files, directories, glob patterns and ``s3://`` URLs, together one dataset.
         scorers, max_scorers: actors in the pool, at first and at most (None: as many).
         use_gpu: one GPU for each of them.
+        rules: None takes the policy of the profile.
         address: of a running Ray cluster; see `jobs.runtime.embedded_ray`.
 
     Returns:
@@ -68,7 +66,8 @@ def screen(
         MeasurementError: scoring failed again and again; what was finished is kept.
     """
     # What is wrong with the profile is said here, rather than by an actor that dies.
-    digest, _ = profile.digest(), (profile.policy(), profile.danger(), profile.safety())
+    digest, _ = profile.digest(), (profile.danger(), profile.safety())
+    rules = rules or Rules(profile.policy(), drift=profile.drift())
     pool = Pool(scorers, scorers if max_scorers is None else max_scorers, use_gpu)
     limits = RowLimits()
     dataset = scan(find_files(sources), limits, progress)
@@ -80,7 +79,7 @@ def screen(
         if where.exists():
             require_same(where, binding)
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
-            return read_verdict(where), where
+            return judge(where, rules), where
         blocks = BlockStore(work, dataset)
         scorer = {
             "model_dir": str(model_dir),
@@ -92,7 +91,7 @@ def screen(
             with embedded_ray(address):
                 score_missing(dataset, blocks, scorer, pool, limits, progress)
         _require_unchanged(dataset, profile, digest)
-        verdict = _publish(where, blocks, binding, profile)
+        verdict = _publish(where, blocks, binding, rules)
         shutil.rmtree(work)
     return verdict, where
 
@@ -105,12 +104,12 @@ def _require_unchanged(dataset: Scan, profile: SafetyProfile, digest: str) -> No
         raise ProfileError("the safety profile was rebuilt meanwhile; screen the data again")
 
 
-def _publish(where: Path, blocks: BlockStore, binding: Binding, profile: SafetyProfile) -> Verdict:
+def _publish(where: Path, blocks: BlockStore, binding: Binding, rules: Rules) -> Verdict:
     with publish_dir(where) as staging:
         rows_sha256 = blocks.merge(staging / ROWS)
         verdict = decide(
-            _scores(staging / ROWS),
-            profile.policy(),
+            iter_scores(staging),
+            *rules,
             data_sha256=binding.data_sha256,
             rows_sha256=rows_sha256,
             profile=binding.profile,
@@ -119,10 +118,3 @@ def _publish(where: Path, blocks: BlockStore, binding: Binding, profile: SafetyP
         (staging / VERDICT).write_text(verdict.model_dump_json(indent=1))
         (staging / RECORD).write_text(binding.model_dump_json(indent=1))
     return verdict
-
-
-def _scores(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a `rows.parquet`, some in memory at a time."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["index", "line", "score", "error"]):
-            yield from batch.to_pylist()

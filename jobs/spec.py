@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from jobs.policy import OnRisk, PolicyLimits
 from jobs.strict_yaml import read_yaml
 from safeft.constraints import ConstraintConfig
 from safeft.errors import SpecError
@@ -67,6 +68,8 @@ class TrainingSpec(_Part):
     `micro_batch_size`: at most so many rows at once on each worker; null: all of a worker's share.
     `adam_eps`: Adam's epsilon; larger values (1e-6) calm training in bf16.
     `checkpoint_every`: optimizer steps.
+    `risk_weighting`: what the rows' screening scores do in training. `drop` leaves out risky rows;
+    `downweight` lets a row count the less the riskier it is, and a risky one not at all.
     """
 
     epochs: Count = 3
@@ -83,6 +86,7 @@ class TrainingSpec(_Part):
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 20
     keep_checkpoints: Count = 2
+    risk_weighting: Literal["none", "downweight", "drop"] = "none"
 
 
 class DistributedSpec(_Part):
@@ -101,12 +105,17 @@ class DistributedSpec(_Part):
 
 
 class ScreeningSpec(_Part):
-    """`override_reason`: why a dataset that screening rejects is trained on all the same.
+    """`on_risk`: what becomes of a dataset with risky rows: reject it; drop those rows and accept
+    the rest if it passes by itself; or leave it to a person's review.
 
+    `policy`: limits that replace the profile's; they may only be stricter.
+    `override_reason`: why a dataset that screening rejects is trained on all the same.
     `scorers`, `max_scorers`: scoring workers at first and at most (null: as many).
     `use_gpu`: one GPU for each of them.
     """
 
+    on_risk: OnRisk = "reject"
+    policy: PolicyLimits = PolicyLimits()
     override_reason: Annotated[str, Field(min_length=1)] | None = None
     scorers: Count = 1
     max_scorers: Count | None = None

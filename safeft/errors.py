@@ -47,6 +47,12 @@ class DatasetRejected(SafeftError):
     exit_code = 3
 
 
+class DatasetUnderReview(SafeftError):
+    """Screening leaves the dataset to a person, who has not decided yet."""
+
+    exit_code = 5
+
+
 class SafetyGateFailed(SafeftError):
     """The tuned model's refusals fell below the gate."""
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
+from safeft.drift import HOW, DriftFit
 from safeft.errors import ProfileError
 from safeft.reference_state import ReferenceState
+from safeft.screen_policy import ScreenPolicy
 from safeft.sqsd import Projection
 
 #: Raised with every change of what a part holds or means.
@@ -44,31 +45,9 @@ CONSTRAINT_PARTS = (
     "autoencoder",
 )
 PARTS = SCREENING_PARTS + CONSTRAINT_PARTS
-
-
-@dataclass(frozen=True)
-class ScreenPolicy:
-    """Turns row scores into a verdict.
-
-    Attributes:
-        row_threshold: a row with a higher SQSD is risky; so is a row without a score.
-        max_risky_fraction: a dataset with a larger share of risky rows is rejected.
-        min_risky_rows: nor is a dataset rejected for fewer risky rows than this.
-    """
-
-    row_threshold: float
-    max_risky_fraction: float = 0.05
-    min_risky_rows: int = 2
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.row_threshold):
-            raise ValueError("row_threshold must be a finite number")
-        if not 0 <= self.max_risky_fraction < 1:
-            raise ValueError("max_risky_fraction must be in [0, 1)")
-        if self.min_risky_rows < 1:
-            raise ValueError("min_risky_rows must be at least 1")
+#: Made by `benchmarks.drift`, which trains on a dozen datasets; no job needs it.
+DRIFT = "drift"
+DRIFT_FROM = ("safety-direction", "danger-direction", "calibration", "baseline")
 
 
 @dataclass(frozen=True)
@@ -193,6 +172,20 @@ class SafetyProfile:
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{self.root / 'calibration'}: {error}; {REBUILD}") from None
 
+    def drift(self) -> DriftFit | None:
+        """What training does to refusals, as a function of scores; None: never measured.
+
+        Raises:
+            ProfileError: it was measured with other directions, or holds something else.
+        """
+        if not (self.root / DRIFT).exists():
+            return None
+        self.verify([DRIFT])
+        try:
+            return DriftFit(**self.json(DRIFT, "drift.json")["fit"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"{self.root / DRIFT}: {error}; remove it and {HOW}") from None
+
     def json(self, part: str, file: str) -> Any:
         """A JSON file of a part.
 
@@ -230,6 +223,8 @@ class SafetyProfile:
 
 def rebuild(part: str) -> str:
     """What to do about one part that is not as it should be."""
+    if part == DRIFT:
+        return f"remove it and {HOW}"
     if part in CONSTRAINT_PARTS:
         return f"run `safeft profile build --model MODEL --part {part}`"
     return REBUILD

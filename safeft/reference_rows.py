@@ -135,9 +135,11 @@ def danger_rows(tokenizer: Any, half: Half, limit: int) -> list[TokenisedRow]:
     return [row(tokenizer, p.text, half.opening(p.text)) for p in prompts]
 
 
-def opened_rows(tokenizer: Any, half: Half, limit: int) -> list[TokenisedRow]:
+def opened_rows(
+    tokenizer: Any, half: Half, limit: int, kinds: tuple[Kind, ...] = BENIGN_KINDS
+) -> list[TokenisedRow]:
     """Benign prompts with the same bare openings: what compliance looks like where it is right."""
-    prompts = [p for kind in BENIGN_KINDS for p in spread(half.prompts(kind), limit // 2)]
+    prompts = [p for kind in kinds for p in spread(half.prompts(kind), limit // len(kinds))]
     return [row(tokenizer, p.text, half.opening(p.text)) for p in prompts]
 
 
@@ -174,10 +176,11 @@ def benign_rows(
     limit: int,
     *,
     answer_tokens: int,
+    kinds: tuple[Kind, ...] = BENIGN_KINDS,
     progress: Progress = silent,
 ) -> list[TokenisedRow]:
     """Benign and borderline prompts with the model's own answers."""
-    prompts = [p.text for kind in BENIGN_KINDS for p in spread(half.prompts(kind), limit // 2)]
+    prompts = [p.text for kind in kinds for p in spread(half.prompts(kind), limit // len(kinds))]
     answers = generate_greedy(
         model,
         tokenizer,

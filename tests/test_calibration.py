@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.verdict import decide
-from safeft.calibration import area_under_curve, calibrate
+from safeft.calibration import MAX_FALSE_REJECTS, area_under_curve, calibrate
 from safeft.errors import ProfileError
+from safeft.evaluate import Rate
+from safeft.mixtures import POISONED, SIZES, fewest_rejected, rejection
+from safeft.screen_policy import ScreenPolicy, breaks
 
 LOW = [i / 100 for i in range(100)]
 HIGH = [4 + i / 100 for i in range(100)]
-BOUND = {"data_sha256": "d", "rows_sha256": "r", "profile": "p"}
 
 
 def test_the_threshold_lies_between_classes_that_do_not_overlap() -> None:
@@ -38,15 +40,65 @@ def test_a_style_that_scores_like_danger_cannot_hide_behind_other_benign_rows() 
     benign=st.lists(st.floats(-9, 1.2), min_size=30, max_size=60, unique=True),
     danger=st.lists(st.floats(0.8, 9), min_size=30, max_size=60, unique=True),
 )
-def test_a_dataset_of_the_benign_reference_rows_is_always_accepted(
+@settings(max_examples=15, deadline=None)
+def test_the_rows_that_set_the_policy_would_seldom_be_rejected(
     benign: list[float], danger: list[float]
 ) -> None:
     try:
         policy, _ = calibrate({"benign": benign}, {"danger": danger})
     except ProfileError:
         return
-    rows = [{"line": i, "score": s, "error": None} for i, s in enumerate(benign)]
-    assert decide(rows, policy, **BOUND).verdict == "accepted"
+    half = benign[::2]
+    share = sum(score > policy.row_threshold for score in half) / len(half)
+    for rows in SIZES:
+        assert rejection(policy, rows, 0.0, share, 1.0) <= MAX_FALSE_REJECTS
+
+
+def test_rates_are_measured_on_rows_that_did_not_set_the_policy() -> None:
+    # Every other row sets it: those look perfect, the others like the least danger.
+    benign = [0.0 + i / 1000 if i % 2 == 0 else 4.02 + i / 1000 for i in range(20)]
+    many = [i / 1000 for i in range(1000)]
+    _, quality = calibrate({"benign": many}, {"danger": HIGH}, {"hard": benign})
+    assert quality["flagged"]["benign"]["hits"] <= 1
+    assert quality["flagged"]["hard"] == Rate(10, 10).to_dict()
+    assert quality["flagged"]["danger"]["n"] == 50
+
+
+def test_more_poison_is_missed_less_and_every_rate_has_its_interval() -> None:
+    benign = {"benign": LOW, "benign, other": [*LOW, *HIGH[:4]]}
+    _, quality = calibrate(benign, {"danger": [*HIGH, *LOW[:3]]}, {"hard": LOW})
+    for size in SIZES:
+        cells = [cell for cell in quality["errors"] if cell["rows"] == size]
+        assert [cell["poisoned"] for cell in cells] == [0.0, *POISONED]
+        assert all(c["low"] <= c["rate"] + 1e-9 <= c["high"] + 2e-9 for c in cells)
+        missed = [round(cell["rate"], 9) for cell in cells[1:]]
+        assert missed == sorted(missed, reverse=True)
+        assert missed[-1] < 0.01
+
+
+@pytest.mark.parametrize("rows", [20, 100, 300])
+@pytest.mark.parametrize("poisoned", [0.0, 0.1])
+def test_the_exact_rate_is_what_the_policy_does_to_drawn_datasets(
+    rows: int, poisoned: float
+) -> None:
+    draw = np.random.default_rng(1)
+    policy = ScreenPolicy(0.5, max_risky_fraction=0.04, max_risky_rows=25)
+    bad = round(poisoned * rows)
+    chances = np.concatenate([np.full(rows - bad, 0.03), np.full(bad, 0.6)])
+    hits = sum(breaks(draw.random(rows) < chances, policy) for _ in range(1500))
+    low, high = Rate(hits, 1500).low - 0.015, Rate(hits, 1500).high + 0.015
+    assert low <= rejection(policy, rows, poisoned, 0.03, 0.6) <= high
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 19, 40, 100, 5000])
+@pytest.mark.parametrize("fraction", [0.0, 0.015, 0.05, 0.3])
+def test_the_fewest_risky_rows_that_are_too_many_are_those_of_the_policy(
+    rows: int, fraction: float
+) -> None:
+    policy = ScreenPolicy(0.5, max_risky_fraction=fraction)
+    fewest = fewest_rejected(policy, rows)
+    assert breaks([1.0] * fewest + [0.0] * (rows - fewest), policy)
+    assert not breaks([1.0] * (fewest - 1) + [0.0] * (rows - fewest + 1), policy)
 
 
 def test_a_tie_counts_half() -> None:

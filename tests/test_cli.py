@@ -41,7 +41,7 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
 def test_help_names_every_command() -> None:
     shown = safeft("--help").stdout
     for command in (
-        *("demo", "doctor", "align", "profile", "screen", "finetune", "evaluate", "chat"),
+        *("demo", "doctor", "align", "profile", "screen", "review", "finetune", "evaluate", "chat"),
     ):
         assert command in shown
 

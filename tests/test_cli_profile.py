@@ -88,6 +88,7 @@ def test_show_tells_a_person_the_same(profile: SafetyProfile, tiny_dir: Path) ->
     assert done.stdout.count("not built") == 2
     assert "rows are read at: safety adapter × 0.9" in done.stdout
     assert "danger direction: moves the safety score by 1.00 nats a token" in done.stdout
+    assert "datasets of 100 rows: misses 5% of poison 12.5 % of the time (3.0-50.0)" in done.stdout
     row = next(line for line in done.stdout.splitlines() if "q_proj, k_proj" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
         *("q_proj, k_proj", "4", "2", "2", "2")

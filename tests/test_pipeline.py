@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.evaluate import Evaluation
-from jobs.pipeline import _safety_rows, safety_gate
+from jobs.pipeline import safety_gate
+from jobs.training_rows import safety_rows
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
 from safeft.models import load_tokenizer, weights_hash
@@ -68,12 +69,12 @@ def test_safety_rows_are_the_base_models_own_refusals(
     model_dir = save_tiny(tmp_path / "model")
     profile = SafetyProfile(tmp_path / "profile", weights_hash(model_dir))
     with pytest.raises(ProfileError, match=r"safeft profile build .*--part refusals"):
-        _safety_rows(1, profile, model_dir)
+        safety_rows(1, profile, model_dir)
     refusals = write_refusals(profile, 4)
     tokenizer = load_tokenizer(model_dir)
-    rows = _safety_rows(2, profile, model_dir)
+    rows = safety_rows(2, profile, model_dir)
     assert rows == [refusal_row(tokenizer, refusal) for refusal in refusals[:2]]
     assert tokenizer.decode([t for t in rows[1].labels if t != -100]) == "I can't do 1."
-    assert _safety_rows(0, profile, model_dir) == []
+    assert safety_rows(0, profile, model_dir) == []
     with pytest.raises(ProfileError, match=r"data\.safety_rows: 5 are asked for.* holds 4"):
-        _safety_rows(5, profile, model_dir)
+        safety_rows(5, profile, model_dir)

@@ -29,7 +29,7 @@ from jobs.report import (
 from jobs.report.page import render
 from jobs.verdict import decide
 from safeft.evaluate import Rate
-from safeft.profile import ScreenPolicy
+from safeft.screen_policy import ScreenPolicy
 
 THRESHOLD = 3.25
 
@@ -391,7 +391,7 @@ def test_the_gate_and_the_rejected_arm_are_marked(page: str) -> None:
 
 def test_a_row_without_a_score_is_listed_with_its_error() -> None:
     page = Page(render(hostile_report()))
-    assert "2 of 40 rows (5.0\u00a0%) are risky, 1 of them without a score" in page.text
+    assert "2 of 40 rows (5.0\u00a0%) are risky: 1 of them without a score" in page.text
     assert "No score: <script>" in page.text
     assert "1 without a score" in page.text  # the strip's label
 

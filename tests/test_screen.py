@@ -17,7 +17,8 @@ from jobs.runtime import embedded_ray
 from jobs.verdict import Verdict, decide, read_scores
 from safeft.errors import InputError, MeasurementError, ProfileError
 from safeft.models import load_model, load_tokenizer
-from safeft.profile import SafetyProfile, ScreenPolicy
+from safeft.profile import SafetyProfile
+from safeft.screen_policy import ScreenPolicy
 from safeft.sqsd import SqsdScorer
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -28,7 +29,7 @@ BOUND: dict[str, Any] = {"data_sha256": "d", "rows_sha256": "r", "profile": "p"}
 def scored(*scores: float, errors: int = 0) -> list[dict[str, Any]]:
     good = [{"line": i, "score": s, "error": None} for i, s in enumerate(scores, 1)]
     bad = [{"line": 1000 + i, "score": float("nan"), "error": "no score"} for i in range(errors)]
-    return [*good, *bad]
+    return [{**one, "index": index} for index, one in enumerate([*good, *bad])]
 
 
 def verdict_of(policy: ScreenPolicy, scores: list[dict[str, Any]]) -> Verdict:

@@ -14,6 +14,9 @@ from safeft.models import load_model, weights_hash
 from safeft.own_refusals import OwnRefusal, save_refusals
 from safeft.profile import SCREENING_PARTS, SafetyProfile
 
+ERRORS = [{"rows": 100, "poisoned": 0.05, "rate": 0.125, "low": 0.03, "high": 0.5}]
+QUALITY = {"auc": 1.0, "flagged": {}, "errors": ERRORS}
+
 
 def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> SafetyProfile:
     """Write every screening part into the cache; rows above ``threshold`` are risky."""
@@ -34,7 +37,8 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
     (profile.root / "reference-state" / "choice.json").write_text(json.dumps(choice))
     policy = {"row_threshold": threshold, "max_risky_fraction": 0.03, "min_risky_rows": 2}
     (profile.root / "calibration" / "policy.json").write_text(json.dumps(policy))
-    (profile.root / "calibration" / "quality.json").write_text('{"auc": 1.0, "flagged": {}}')
+    (profile.root / "calibration" / "quality.json").write_text(json.dumps(QUALITY))
+    (profile.root / "calibration" / "scores.json").write_text('{"benign": [[-50.0], [-60.0]]}')
     evaluate(model_dir, output=profile.root / "baseline" / "evaluation.json")
     for part in SCREENING_PARTS:
         profile.write_record(profile.root / part, {})

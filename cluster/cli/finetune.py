@@ -16,22 +16,27 @@ def finetune(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Use this seed instead of the spec's.")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="An administrator's limits for this tenant, YAML.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Screen a dataset, fine-tune on it under the spec's constraints, measure refusals.
 
     A job that was interrupted goes on when it is run again. Exit code 0: the result may be used.
-    3: the dataset was rejected. 4: the tuned model failed the safety gate.
+    3: the dataset was rejected. 4: the tuned model failed the safety gate. 5: the dataset waits
+    for a person's review.
     """
     from cluster.cli.evaluate import show_evaluations
     from jobs.pipeline import require_gate, run_job
+    from jobs.policy import read_policy
     from jobs.spec import load_spec
 
     spec = load_spec(spec_file)
     if seed is not None:
         spec = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": seed})})
     with progress_bars() as progress:
-        result = run_job(spec, progress)
+        result = run_job(spec, progress, policy=read_policy(policy) if policy else None)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:

@@ -1,7 +1,7 @@
 """The ``safeft`` command: one-line errors, exit codes with a meaning, a traceback on request.
 
 Exit codes: 0 success, 1 failure, 2 wrong input, 3 dataset rejected, 4 safety gate failed,
-130 interrupted.
+5 dataset waits for a person's review, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 
 import typer
 
-from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, screen
+from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, review, screen
 from cluster.cli.console import err, printable
 from safeft import __version__
 from safeft.cache import is_disk_full
@@ -35,6 +35,7 @@ app.command()(doctor.doctor)
 app.command()(align.align)
 app.add_typer(profile.app, name="profile")
 app.command()(screen.screen)
+app.command()(review.review)
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)

@@ -240,6 +240,16 @@ def _show(summary: dict[str, Any]) -> None:
     out.print(f"rows are read at: {escape(str(state))}")
     for kind, rate in summary["calibration"]["flagged"].items():
         out.print(f"above the threshold: {_rate(rate)} of the reference rows ({escape(kind)})")
+    for cell in summary["calibration"].get("errors", []):
+        what = (
+            f"misses {cell['poisoned']:.0%} of poison"
+            if cell["poisoned"]
+            else "rejects benign data"
+        )
+        out.print(
+            f"datasets of {cell['rows']} rows: {what} {100 * cell['rate']:.1f} % of the time "
+            f"({100 * cell['low']:.1f}-{100 * cell['high']:.1f})"
+        )
     for kind, rate in summary["baseline"].items():
         out.print(f"refuses {_rate(rate)} of {kind} prompts")
     out.print(escape(summary["root"]))

@@ -39,7 +39,7 @@ from jobs.spec import (
     ScreeningSpec,
     TrainingSpec,
 )
-from jobs.verdict import Verdict, read_scores
+from jobs.verdict import FORMAT, Verdict, read_scores
 from safeft import __version__
 from safeft.cache import cache_root, discard_dir
 from safeft.constraints import AsftConfig, ConstraintConfig
@@ -94,7 +94,7 @@ class Demo:
         )
         # A run belongs to these weights and this profile; others have directories of their own.
         # So do runs of another format: an update of safeft begins anew instead of stopping.
-        bound = f"{self.profile.digest()} {Manifest.model_fields['format'].default}"
+        bound = f"{self.profile.digest()} {Manifest.model_fields['format'].default} {FORMAT}"
         key = hashlib.sha256(bound.encode()).hexdigest()[:12]
         name = f"{self.data.benign.parent.name}-{key}-seed-{self.seed}"
         self.runs = cache_root() / "demo" / f"runs-{name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,14 +25,23 @@ _SCHEMA = pa.schema(
 )
 
 
-def rows_to_table(rows: Sequence[TokenisedRow]) -> pa.Table:
-    """Rows as one Arrow table, which workers of a node share in memory."""
+def rows_to_table(rows: Sequence[TokenisedRow], weights: Sequence[float] | None = None) -> pa.Table:
+    """Rows as one Arrow table, which workers of a node share in memory.
+
+    Args:
+        weights: of each row, what its loss is multiplied with, positive; None: all count alike.
+    """
     columns = {
         "line": [row.line for row in rows],
         "input_ids": [row.input_ids for row in rows],
         "labels": [row.labels for row in rows],
     }
-    return pa.table(columns, schema=_SCHEMA).combine_chunks()
+    table = pa.table(columns, schema=_SCHEMA)
+    if weights is not None:
+        if len(weights) != len(rows) or not all(0 < w < math.inf for w in weights):
+            raise ValueError("weights must be positive numbers, one for each row")
+        table = table.append_column("weight", pa.array(weights, pa.float64()))
+    return table.combine_chunks()
 
 
 class RowTable:
@@ -39,6 +50,8 @@ class RowTable:
     Attributes:
         lengths: ``(n,)``, tokens of each row.
         label_tokens: ``(n,)``, tokens of each row that some earlier token has to predict.
+        weights: ``(n,)`` fp64, what each row's loss is multiplied with; None: all count alike.
+        label_weight: ``(n,)``, label tokens times weight: what the mean loss is taken over.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -51,6 +64,11 @@ class RowTable:
         # A row's first token has nothing before it that could predict it.
         second = np.minimum(self._offsets[:-1] + 1, self._offsets[1:])
         self.label_tokens = trained[self._offsets[1:]] - trained[second]
+        weighted = "weight" in table.column_names
+        self.weights = table["weight"].to_numpy() if weighted else None
+        self.label_weight = (
+            self.label_tokens if self.weights is None else self.label_tokens * self.weights
+        )
 
     def rows(self, indices: NDArray[np.int64]) -> list[TokenisedRow]:
         """The rows at `indices`, in that order."""
@@ -61,9 +79,12 @@ class RowTable:
         ]
 
     def sha256(self) -> str:
-        """Over every row's tokens and labels, in order."""
+        """Over every row's tokens and labels, and their weights where there are any, in order."""
         ends = zip(self._offsets[:-1], self._offsets[1:], strict=True)
-        return rows_sha256(row_digest(self._ids[a:b], self._labels[a:b]) for a, b in ends)
+        rows = rows_sha256(row_digest(self._ids[a:b], self._labels[a:b]) for a, b in ends)
+        if self.weights is None:
+            return rows
+        return hashlib.sha256(bytes.fromhex(rows) + self.weights.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,10 @@ class LabelLoss(nn.Module):
         labels: Tensor,
         weight: float = 1.0,
         further: tuple[int, float] | None = None,
+        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What backward starts from, and the sum of the cross entropies of all label tokens, fp32.
+        """What backward starts from, and the sum of the cross entropies of all label tokens, fp32,
+        each times its row's weight where there are weights.
 
         No attention mask is needed: rows are padded on the right, where causal attention does not
         look, and without one attention takes its fast path.
@@ -39,10 +41,16 @@ class LabelLoss(nn.Module):
             input_ids: ``(batch, length)`` int64, right-padded.
             labels: the same shape, IGNORED where no loss is taken.
             weight: of the sum of cross entropies in the first result.
+            row_weights: ``(batch,)``, what each row's cross entropies count.
             further: the 0-based step and the weight of the further term; None: leave it out.
         """
         logits, targets = label_logits(self.model, input_ids, labels, use_cache=False)
-        task = F.cross_entropy(logits, targets, reduction="sum")
+        if row_weights is None:
+            task = F.cross_entropy(logits, targets, reduction="sum")
+        else:
+            wanted = labels[:, 1:] != IGNORED
+            per_token = row_weights.float()[:, None].expand_as(wanted)[wanted]
+            task = (F.cross_entropy(logits, targets, reduction="none") * per_token).sum()
         loss = task * weight
         if further is not None and self._forward_loss is not None:
             step, share = further
@@ -51,11 +59,11 @@ class LabelLoss(nn.Module):
         return loss, task.detach()
 
 
-def loss_weight(*, workers: int, accumulation_steps: int, label_tokens: int) -> float:
+def loss_weight(*, workers: int, accumulation_steps: int, label_tokens: float) -> float:
     """What a micro-batch's summed loss is multiplied with before ``engine.backward``.
 
     DeepSpeed divides by the accumulation steps and averages over ranks; afterwards the gradient is
-    that of the mean over all `label_tokens` of the step.
+    that of the mean over all `label_tokens` of the step, or with row weights the weighted mean.
     """
     return workers * accumulation_steps / label_tokens
 

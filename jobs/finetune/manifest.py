@@ -27,8 +27,9 @@ _UNBOUND: Any = {
     "output": True,
     "data": {"train", "validation"},
     "screening": True,
-    # How a step is cut into workers' shares and micro-batches is not what the step is.
-    "training": {"checkpoint_every", "keep_checkpoints", "micro_batch_size"},
+    # How a step is cut into workers' shares and micro-batches is not what the step is. Weighting
+    # is in the hash of the rows: which they are, and what each counts.
+    "training": {"checkpoint_every", "keep_checkpoints", "micro_batch_size", "risk_weighting"},
     "distributed": {"address", "cpus_per_worker", "max_failures", "workers"},
 }
 

@@ -66,6 +66,7 @@ def finetune(
     model_dir: Path,
     profile: ProfileFiles,
     output: Path,
+    weights: Sequence[float] | None = None,
     progress: Progress = silent,
 ) -> FinetuneResult:
     """Train on `rows` under the spec's constraints; leave an adapter or a model in `output`.
@@ -79,6 +80,8 @@ def finetune(
         rows: tokenised rows; their order matters only together with the seed.
         model_dir: the base model's directory.
         profile: the parts of the base model's safety profile that the constraints need.
+        weights: of each row, what its loss is multiplied with; each step's loss is then the
+            weighted mean. None: all rows count alike.
         progress: told the phase and its seconds, and while training the step.
 
     Raises:
@@ -90,7 +93,7 @@ def finetune(
     """
     output.mkdir(parents=True, exist_ok=True)
     output, model_dir = output.absolute(), model_dir.absolute()
-    arrow = rows_to_table(rows)
+    arrow = rows_to_table(rows, weights)
     table = RowTable(arrow)
     _check_rows(spec, rows, table)
     profile = absolute(profile)

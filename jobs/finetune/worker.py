@@ -147,7 +147,7 @@ class _Loop:
             TrainingError: the loss is not finite (before it can spoil the weights), or the norm.
         """
         engine, plan = self.engine, self.plan
-        label_tokens = int(self.table.label_tokens[plan.step_rows(step)].sum())
+        label_tokens = float(self.table.label_weight[plan.step_rows(step)].sum())
         weight = loss_weight(
             workers=plan.workers,
             accumulation_steps=plan.accumulation_steps,
@@ -181,8 +181,11 @@ class _Loop:
             ids, labels = batch["input_ids"], batch["labels"]
         else:
             ids, labels = padded_filler()
-        device = self.engine.device
-        loss, task = self.engine(ids.to(device), labels.to(device), weight, further)
+        device, weights = self.engine.device, None
+        if self.table.weights is not None:
+            counts = self.table.weights[chosen] if len(chosen) else np.ones(1)
+            weights = torch.from_numpy(counts).to(device)
+        loss, task = self.engine(ids.to(device), labels.to(device), weight, further, weights)
         self.engine.backward(loss)
         return cast(torch.Tensor, task.double())
 

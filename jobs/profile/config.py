@@ -55,7 +55,8 @@ class ProfileConfig:
         steering: harmful prompts that the directions are checked on, and half as many benign ones.
         selection: rows of each class that the reference state is chosen on; three times as many
             of the borderline class.
-        calibration: benign rows that the threshold is set on; the other classes have half as many.
+        calibration: reference rows of each of six classes; half of them set the policy, the
+            others measure it.
         refusals, harmful_inputs, autoencoder: the parts of these names.
     """
 
@@ -70,7 +71,7 @@ class ProfileConfig:
     skip_layers: float = 0.5
     steering: int = 12
     selection: int = 10
-    calibration: int = 96
+    calibration: int = 200
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

@@ -18,8 +18,8 @@ from safeft.directions import DANGER_START, difference, fit_dpo, fit_sft, start_
 from safeft.errors import ProfileError
 from safeft.evaluate import JUDGE_VERSION
 from safeft.models import load_model, weights_hash
-from safeft.profile import ScreenPolicy
 from safeft.reference_rows import (
+    BENIGN_KINDS,
     Half,
     benign_rows,
     danger_rows,
@@ -27,6 +27,7 @@ from safeft.reference_rows import (
     opened_rows,
     safety_pairs,
 )
+from safeft.screen_policy import ScreenPolicy
 from safeft.sqsd import RowScore, SqsdScorer
 
 BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
@@ -110,14 +111,20 @@ class SqsdParts:
     def _calibration(self, out: Path) -> None:
         n, tokenizer = self.config.calibration, self.tokenizer
         model = load_model(self.model_dir)
-        classes: dict[str, list[TokenisedRow]] = {
-            "benign": benign_rows(
-                model, tokenizer, CALIBRATE, n, answer_tokens=32, progress=self.progress
-            ),
-            "benign, compliant opening": opened_rows(tokenizer, CALIBRATE, n // 2),
-            "danger": danger_rows(tokenizer, CALIBRATE, n // 2),
-            "obedient danger": obedient_rows(tokenizer, CALIBRATE, n // 2),
-        }
+        classes: dict[str, list[TokenisedRow]] = {}
+        for kind in BENIGN_KINDS:
+            classes[kind] = benign_rows(
+                model,
+                tokenizer,
+                CALIBRATE,
+                n,
+                answer_tokens=32,
+                kinds=(kind,),
+                progress=self.progress,
+            )
+            classes[f"{kind}, compliant opening"] = opened_rows(tokenizer, CALIBRATE, n, (kind,))
+        classes["danger"] = danger_rows(tokenizer, CALIBRATE, n)
+        classes["obedient danger"] = obedient_rows(tokenizer, CALIBRATE, n)
         scorer = SqsdScorer(
             model,
             self.profile.danger(),
@@ -131,10 +138,10 @@ class SqsdParts:
             if lost := [s for s in scores[name] if s.error]:
                 raise ProfileError(f"calibration: a {name} row has no score ({lost[0].error})")
         values = {name: [s.score for s in part] for name, part in scores.items()}
-        benign = {name: v for name, v in values.items() if name.startswith("benign")}
-        policy, quality = calibrate(
-            benign, {name: v for name, v in values.items() if name not in benign}
-        )
+        benign = {name: v for name, v in values.items() if name == "benign"}
+        danger = {name: v for name, v in values.items() if "danger" in name}
+        hard = {name: v for name, v in values.items() if name not in {**benign, **danger}}
+        policy, quality = calibrate(benign, danger, hard)
         (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
         (out / "quality.json").write_text(json.dumps(quality, indent=1))
         summary = {

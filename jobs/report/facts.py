@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from jobs.evaluate import Evaluation
-from jobs.report.model import ArmReport, DemoReport, ProfileSummary, ScoredRow, TenantReport
+from jobs.report.model import ArmReport, DemoReport, ScoredRow, TenantReport
 from jobs.verdict import Verdict
 from safeft.evaluate import Rate, differ
 
@@ -98,7 +98,7 @@ def confusion(tenant: TenantReport) -> Confusion | None:
     """None where it is not known which rows were planted."""
     if tenant.planted is None:
         return None
-    planted, flagged = set(tenant.planted), {row.line for row in tenant.verdict.risky_rows}
+    planted, flagged = set(tenant.planted), tenant.flagged
     return Confusion(
         planted=len(planted),
         planted_flagged=len(planted & flagged),
@@ -121,8 +121,10 @@ def risky_lines(tenant: TenantReport, limit: int, characters: int) -> list[Risky
     ]
 
 
-def calibration(profile: ProfileSummary) -> list[CalibrationClass]:
-    """The classes that the threshold was set on; those without rows are left out."""
+def calibration(
+    scores_by_class: Mapping[str, Sequence[float]], threshold: float
+) -> list[CalibrationClass]:
+    """The classes of reference rows; those without rows are left out."""
     return [
         CalibrationClass(
             name,
@@ -130,9 +132,9 @@ def calibration(profile: ProfileSummary) -> list[CalibrationClass]:
             min(scores),
             median(scores),
             max(scores),
-            sum(score > profile.threshold for score in scores),
+            sum(score > threshold for score in scores),
         )
-        for name, scores in profile.calibration.items()
+        for name, scores in scores_by_class.items()
         if scores
     ]
 

@@ -18,6 +18,7 @@ from pydantic import (
 
 from jobs.evaluate import COMPARABLE, Evaluation
 from jobs.verdict import Verdict
+from safeft.screen_policy import is_risky
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -83,6 +84,11 @@ class TenantReport(_Part):
     planted: list[int] | None = None
     excerpts: dict[int, str] = {}
 
+    @property
+    def flagged(self) -> set[int]:
+        """The lines that are risky under the verdict's policy."""
+        return {row.line for row in self.scores if is_risky(row.score, self.verdict.policy)}
+
     @model_validator(mode="after")
     def _verdict_is_on_these_rows(self) -> Self:
         lines = {row.line for row in self.scores}
@@ -91,8 +97,8 @@ class TenantReport(_Part):
                 f"{self.name}: the verdict is on {self.verdict.rows} rows, but {len(self.scores)} "
                 f"scores on {len(lines)} lines are given"
             )
-        if len(self.verdict.risky_rows) != self.verdict.risky:
-            raise ValueError(f"{self.name}: the verdict does not list all of its risky rows")
+        if len(self.flagged) != self.verdict.risky:
+            raise ValueError(f"{self.name}: the verdict counts other risky rows than the scores do")
         for what, used in (
             ("a risky row", {row.line for row in self.verdict.risky_rows}),
             ("a planted row", set(self.planted or ())),
@@ -180,7 +186,8 @@ class DemoReport(_Part):
     def _one_policy(self) -> Self:
         ours = (self.profile.threshold, self.profile.max_risky_fraction)
         for tenant in self.tenants:
-            if ours != (tenant.verdict.row_threshold, tenant.verdict.max_risky_fraction):
+            policy = tenant.verdict.policy
+            if ours != (policy.row_threshold, policy.max_risky_fraction):
                 raise ValueError(f"{tenant.name}: the verdict was made under another policy")
         return self
 

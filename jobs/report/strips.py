@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ _ROW = 0.46  # inches
 
 
 @dataclass(frozen=True)
-class _Strip:
+class Strip:
+    """Some rows' scores. ``colour`` is one of `svg.COLOURS`, ``marker`` one of matplotlib's."""
+
     label: str
     scores: Sequence[float]
     colour: str
@@ -27,18 +29,28 @@ class _Strip:
 
 def score_strips(profile: ProfileSummary, tenants: Sequence[TenantReport]) -> Markup:
     """Every row's SQSD as a mark: the calibration classes, then the tenants, and the threshold."""
-    strips = [
-        _Strip(
+    strips = calibration_strips(profile.calibration)
+    for tenant in tenants:
+        strips += _tenant_strips(tenant)
+    return draw_strips(strips, profile.threshold)
+
+
+def calibration_strips(scores_by_class: Mapping[str, Sequence[float]]) -> list[Strip]:
+    """One strip a class of reference rows."""
+    return [
+        Strip(
             f"calibration: {name} (n = {len(scores)})",
             scores,
             "orange" if "danger" in name else "sky",
             "D" if "danger" in name else "o",
         )
-        for name, scores in profile.calibration.items()
+        for name, scores in scores_by_class.items()
     ]
-    for tenant in tenants:
-        strips += _tenant_strips(tenant)
-    everything = [score for strip in strips for score in strip.scores] + [profile.threshold]
+
+
+def draw_strips(strips: Sequence[Strip], threshold: float) -> Markup:
+    """Scores as marks, a strip above the other, and the threshold."""
+    everything = [score for strip in strips for score in strip.scores] + [threshold]
     low, high = min(everything), max(everything)
     margin = 0.04 * (high - low or 1.0)
 
@@ -48,23 +60,21 @@ def score_strips(profile: ProfileSummary, tenants: Sequence[TenantReport]) -> Ma
         axes.set_ylim(len(strips) - 0.25, -0.75)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.axvspan(
-            profile.threshold, high + margin, color=COLOURS["vermillion"], alpha=0.07, linewidth=0
-        )
+        axes.axvspan(threshold, high + margin, color=COLOURS["vermillion"], alpha=0.07, linewidth=0)
         axes.vlines(  # broken where a label stands
-            [profile.threshold] * len(strips),
+            [threshold] * len(strips),
             [y - 0.18 for y in range(len(strips))],
             [y + 0.38 for y in range(len(strips))],
             color=COLOURS["vermillion"],
             linewidth=1.3,
         )
         axes.annotate(
-            f"threshold {profile.threshold:.2f}",
-            (profile.threshold, 1),
+            f"threshold {threshold:.2f}",
+            (threshold, 1),
             (0, 4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            ha=_towards_middle(profile.threshold, low, high),
+            ha=_towards_middle(threshold, low, high),
             color=COLOURS["vermillion"],
         )
         for y, strip in enumerate(strips):
@@ -86,14 +96,14 @@ def score_strips(profile: ProfileSummary, tenants: Sequence[TenantReport]) -> Ma
     told = "; ".join(_range_in_words(strip) for strip in strips)
     return draw(
         "scores",
-        f"SQSD by class. Threshold {profile.threshold:.2f}. {told}.",
+        f"SQSD by class. Threshold {threshold:.2f}. {told}.",
         WIDTH,
         height,
         paint,
     )
 
 
-def _tenant_strips(tenant: TenantReport) -> list[_Strip]:
+def _tenant_strips(tenant: TenantReport) -> list[Strip]:
     planted = set(tenant.planted or ())
     parts = [("", False, "blue", "o")]
     if planted:
@@ -104,7 +114,7 @@ def _tenant_strips(tenant: TenantReport) -> list[_Strip]:
         scores = [row.score for row in rows if row.score is not None]
         unscored = f", {len(rows) - len(scores)} without a score" if len(rows) > len(scores) else ""
         label = f"{one_line(tenant.name, 30)}{suffix} (n = {len(rows)}{unscored})"
-        strips.append(_Strip(label, scores, colour, marker))
+        strips.append(Strip(label, scores, colour, marker))
     return strips
 
 
@@ -121,7 +131,7 @@ def _spread(scores: Sequence[float], low: float, high: float) -> list[tuple[floa
     return list(cells.values())
 
 
-def _range_in_words(strip: _Strip) -> str:
+def _range_in_words(strip: Strip) -> str:
     if not strip.scores:
         return f"{strip.label}: no scores"
     return f"{strip.label}: {min(strip.scores):.2f} to {max(strip.scores):.2f}"

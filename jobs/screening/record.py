@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from jobs.screening.scan import ROWS_PER_BLOCK, Scan
+from jobs.verdict import FORMAT
 from safeft import __version__
 from safeft.errors import InputError
 
@@ -36,7 +36,7 @@ class Binding(_Record):
         profile: `SafetyProfile.digest`, and with it the base model's weights.
     """
 
-    format: Literal[1] = 1
+    format: int = FORMAT
     files: tuple[FileRecord, ...]
     data_sha256: str
     tokenisation: str
