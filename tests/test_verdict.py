@@ -37,9 +37,9 @@ def scored(*scores: float) -> list[dict[str, Any]]:
 def screening(directory: Path, scores: list[dict[str, Any]], policy: ScreenPolicy = POLICY) -> Path:
     """What the stage leaves."""
     directory.mkdir()
-    extra = {"danger": 0.0, "safety": 0.0, "tokens": 9, "trained": 3}
-    table = pa.Table.from_pylist([{**extra, **s} for s in scores], schema=SCORE_SCHEMA)
-    pq.write_table(table, directory / "rows.parquet")
+    extra = {"file": "rows.jsonl", "danger": 0.0, "safety": 0.0, "tokens": 9, "trained": 3}
+    scores = [{**extra, **score} for score in scores]
+    pq.write_table(pa.Table.from_pylist(scores, schema=SCORE_SCHEMA), directory / "rows.parquet")
     verdict = decide(scores, policy, **BOUND)
     (directory / "verdict.json").write_text(verdict.model_dump_json())
     return directory
