@@ -7,6 +7,7 @@ driver as it arrives. Memory is bounded by what may be in flight, not by the dat
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -102,10 +103,9 @@ def score_missing(
                 raise type(ours)(*ours.args) from None
             fruitless = 0 if blocks.rows_done > before else fruitless + 1
             if fruitless == _FRUITLESS_ATTEMPTS or not _lost_a_process(causes):
-                said = " ".join(str(causes[-1]).split())[-300:]
                 raise MeasurementError(
-                    f"screening failed, nothing is accepted: {said}. Finished rows are kept: run "
-                    "it again to go on"
+                    f"screening failed, nothing is accepted: {_said(error)}. Finished rows are "
+                    "kept: run it again to go on"
                 ) from error
     progress("screening rows", scan.rows, scan.rows)
 
@@ -125,7 +125,9 @@ def _scored(
     from jobs.screening.scorer import BlockScorer
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = DataContext.get_current().copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of settings that a copy sets again
+        context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
@@ -197,6 +199,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield found
         inner = getattr(found, "cause", None)
         found = inner if isinstance(inner, BaseException) else found.__cause__
+
+
+def _said(error: BaseException) -> str:
+    """What went wrong, in one line.
+
+    Ray wraps a worker's error in others and sends their tracebacks as text, the innermost first.
+    """
+    text = str(error)
+    lines = (line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line))
+    return " ".join(next(lines, text).split())[-300:]
 
 
 def _lost_a_process(causes: list[BaseException]) -> bool:
