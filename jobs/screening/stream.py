@@ -6,6 +6,7 @@ driver as it arrives. Memory is bounded by what may be in flight, not by the dat
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import warnings
@@ -89,6 +90,7 @@ def score_missing(
     fruitless = 0
     while missing := blocks.missing():
         before = blocks.rows_done
+        failure: SafeftError | None = None
         progress("starting the scorers", 0, None)
         try:
             with closing(_scored(scan, missing, arguments, pool, limits)) as batches:
@@ -98,15 +100,12 @@ def score_missing(
             if blocks.rows_done == before:
                 raise MeasurementError("screening lost rows, nothing is accepted; run it again")
         except (RayError, ExecutionTimeoutError, SystemException) as error:
-            causes = list(_causes(error))
-            if ours := next((c for c in causes if isinstance(c, SafeftError)), None):
-                raise type(ours)(*ours.args) from None
             fruitless = 0 if blocks.rows_done > before else fruitless + 1
-            if fruitless == _FRUITLESS_ATTEMPTS or not _lost_a_process(causes):
-                raise MeasurementError(
-                    f"screening failed, nothing is accepted: {_said(error)}. Finished rows are "
-                    "kept: run it again to go on"
-                ) from error
+            failure = _failure(error, hopeless=fruitless == _FRUITLESS_ATTEMPTS)
+        # The error's frames hold handles of living scorers, and these hold processors.
+        gc.collect()
+        if failure is not None:
+            raise failure
     progress("screening rows", scan.rows, scan.rows)
 
 
@@ -188,6 +187,19 @@ def _datasource(scan: Scan, missing: dict[int, frozenset[int]], limits: RowLimit
             ]
 
     return Units()
+
+
+def _failure(error: BaseException, *, hopeless: bool) -> SafeftError | None:
+    """What to raise for an error of the pipeline; None: it is worth another attempt."""
+    causes = list(_causes(error))
+    if ours := next((c for c in causes if isinstance(c, SafeftError)), None):
+        return type(ours)(*ours.args)
+    if not hopeless and _lost_a_process(causes):
+        return None
+    return MeasurementError(
+        f"screening failed, nothing is accepted: {_said(error)}. Finished rows are kept: run it "
+        "again to go on"
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
