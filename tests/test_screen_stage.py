@@ -1,4 +1,4 @@
-"""The screening stage on a real small Ray: several files, lost scorers, changed data, overrides."""
+"""The screening stage on a real small Ray: several files, lost scorers, changed data."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.pipeline import read_dataset, require_screened, run_job, screen_file
+from jobs.pipeline import read_dataset, require_screened, screen_file
 from jobs.runtime import embedded_ray
 from jobs.screen import screen
 from jobs.screening import scorer as scorer_module
 from jobs.screening import stream
 from jobs.screening.scan import ROWS_PER_BLOCK
 from jobs.screening.scorer import BlockScorer
-from jobs.spec import FinetuneSpec
 from jobs.verdict import Verdict, read_scores
-from safeft.errors import DatasetRejected, InputError, MeasurementError
+from safeft.errors import InputError, MeasurementError
 from safeft.profile import SafetyProfile
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -194,39 +192,6 @@ def test_more_scorers_than_fit_are_refused(
         screen(data, model_dir=tiny_dir, profile=profile, scorers=2, max_scorers=1)
     with pytest.raises(InputError, match="--scorers: 1 do not fit on 0 GPUs"):
         screen(data, model_dir=tiny_dir, profile=profile, use_gpu=True)
-
-
-def job(data: Path, model: Path, output: Path, **screening: Any) -> FinetuneSpec:
-    return FinetuneSpec.model_validate(
-        {
-            "name": "tiny",
-            "model": str(model),
-            "data": {"train": data, "max_tokens": 256},
-            "lora": {"rank": 2},
-            "training": {"epochs": 1, "batch_size": 8},
-            "screening": screening,
-            "output": output,
-        }
-    )
-
-
-def test_rejected_data_is_trained_on_for_a_stated_reason_only_and_never_published(
-    tiny_dir: Path, tmp_path: Path
-) -> None:
-    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=-1e9)
-    data = write_rows(tmp_path / "rows.jsonl", 8)
-    with pytest.raises(DatasetRejected, match=r"rows\.jsonl: rejected, 8 of 8 rows"):
-        run_job(job(data, tiny_dir, tmp_path / "job"))
-    assert not (tmp_path / "job").exists()
-    result = run_job(
-        job(data, tiny_dir, tmp_path / "job", override_reason="a test of the override")
-    )
-    assert result.verdict.verdict == "rejected"
-    assert result.override_reason == "a test of the override"
-    assert result.manifest.rows == 8
-    assert result.published is None
-    # One definition of the hash: what was screened is what was trained on.
-    assert result.manifest.identity.rows_sha256 == result.verdict.rows_sha256
 
 
 def test_a_verdict_covers_the_very_rows_that_were_screened(

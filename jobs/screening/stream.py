@@ -6,7 +6,9 @@ driver as it arrives. Memory is bounded by what may be in flight, not by the dat
 
 from __future__ import annotations
 
+import gc
 import logging
+import re
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -88,6 +90,7 @@ def score_missing(
     fruitless = 0
     while missing := blocks.missing():
         before = blocks.rows_done
+        failure: SafeftError | None = None
         progress("starting the scorers", 0, None)
         try:
             with closing(_scored(scan, missing, arguments, pool, limits)) as batches:
@@ -97,16 +100,12 @@ def score_missing(
             if blocks.rows_done == before:
                 raise MeasurementError("screening lost rows, nothing is accepted; run it again")
         except (RayError, ExecutionTimeoutError, SystemException) as error:
-            causes = list(_causes(error))
-            if ours := next((c for c in causes if isinstance(c, SafeftError)), None):
-                raise type(ours)(*ours.args) from None
             fruitless = 0 if blocks.rows_done > before else fruitless + 1
-            if fruitless == _FRUITLESS_ATTEMPTS or not _lost_a_process(causes):
-                said = " ".join(str(causes[-1]).split())[-300:]
-                raise MeasurementError(
-                    f"screening failed, nothing is accepted: {said}. Finished rows are kept: run "
-                    "it again to go on"
-                ) from error
+            failure = _failure(error, hopeless=fruitless == _FRUITLESS_ATTEMPTS)
+        # The error's frames hold handles of living scorers, and these hold processors.
+        gc.collect()
+        if failure is not None:
+            raise failure
     progress("screening rows", scan.rows, scan.rows)
 
 
@@ -125,7 +124,9 @@ def _scored(
     from jobs.screening.scorer import BlockScorer
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = DataContext.get_current().copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of settings that a copy sets again
+        context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
@@ -188,6 +189,19 @@ def _datasource(scan: Scan, missing: dict[int, frozenset[int]], limits: RowLimit
     return Units()
 
 
+def _failure(error: BaseException, *, hopeless: bool) -> SafeftError | None:
+    """What to raise for an error of the pipeline; None: it is worth another attempt."""
+    causes = list(_causes(error))
+    if ours := next((c for c in causes if isinstance(c, SafeftError)), None):
+        return type(ours)(*ours.args)
+    if not hopeless and _lost_a_process(causes):
+        return None
+    return MeasurementError(
+        f"screening failed, nothing is accepted: {_said(error)}. Finished rows are kept: run it "
+        "again to go on"
+    )
+
+
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and what it came from, outermost first."""
     seen: set[int] = set()
@@ -197,6 +211,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield found
         inner = getattr(found, "cause", None)
         found = inner if isinstance(inner, BaseException) else found.__cause__
+
+
+def _said(error: BaseException) -> str:
+    """What went wrong, in one line.
+
+    Ray wraps a worker's error in others and sends their tracebacks as text, the innermost first.
+    """
+    text = str(error)
+    lines = (line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line))
+    return " ".join(next(lines, text).split())[-300:]
 
 
 def _lost_a_process(causes: list[BaseException]) -> bool:
