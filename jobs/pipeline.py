@@ -143,7 +143,7 @@ def run_job(
     profile.verify()
     parts = needed_parts(spec, profile)
     safety = _safety_rows(spec.data.safety_rows, profile, model_dir)
-    before = _baseline(profile)
+    before = baseline(profile)
     max_tokens = spec.data.max_tokens
     dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
     held_out = None
@@ -251,7 +251,8 @@ def _judge(
     return result
 
 
-def _baseline(profile: SafetyProfile) -> Evaluation:
+def baseline(profile: SafetyProfile) -> Evaluation:
+    """The base model's own evaluation, from its profile."""
     try:
         return Evaluation.model_validate(profile.json("baseline", "evaluation.json"))
     except ValidationError:

@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from jobs.strict_yaml import read_yaml
 from safeft.constraints import ConstraintConfig
 from safeft.errors import SpecError
+from safeft.safereact import SafeReactConfig
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -113,6 +114,29 @@ class ScreeningSpec(_Part):
     use_gpu: bool = False
 
 
+class RestoreSpec(_Part):
+    """How `safeft restore` trains refusals back (docs/methods/safereact.md).
+
+    `reference`: whose states on reminded harmful prompts are the target: the base model's, which
+    the safety profile holds, or the tuned model's, pruned for its own data (the paper).
+    `batch_size`: retained rows of a step over all workers; every other one is a borderline prompt
+    with the tuned model's own answer, of which there are at most `borderline_rows`.
+    `row_tokens`: retained rows are cut there.
+    `layers_to_transform`: decoder layers that get LoRA factors; null: all up to the last one whose
+    output is compared.
+    """
+
+    safereact: SafeReactConfig = SafeReactConfig()
+    reference: Literal["base", "tuned"] = "base"
+    learning_rate: Positive = 1e-3
+    batch_size: Count = 8
+    borderline_rows: Count = 96
+    row_tokens: Annotated[int, Field(strict=True, ge=2)] = 128
+    rank: Count = 16
+    alpha: Positive = 16
+    layers_to_transform: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = None
+
+
 class FinetuneSpec(_Part):
     """One fine-tuning job. `model` is a source string; if it is a path that starts with a dot, it
     is relative to the spec's directory, and so are `profile` and `output`. Without `profile` the
@@ -130,6 +154,7 @@ class FinetuneSpec(_Part):
     constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...] = ()
     distributed: DistributedSpec = DistributedSpec()
     screening: ScreeningSpec = ScreeningSpec()
+    restore: RestoreSpec = RestoreSpec()
     output: Path
 
     @field_validator("constraints")
@@ -146,6 +171,11 @@ class FinetuneSpec(_Part):
         if batch % workers:
             raise ValueError(
                 f"training.batch_size: {batch} rows cannot be shared equally by {workers} "
+                f"workers; use a multiple of {workers}"
+            )
+        if (retained := self.restore.batch_size) % workers:
+            raise ValueError(
+                f"restore.batch_size: {retained} rows cannot be shared equally by {workers} "
                 f"workers; use a multiple of {workers}"
             )
         share, micro = batch // workers, self.training.micro_batch_size

@@ -43,7 +43,14 @@ CONSTRAINT_PARTS = (
     "harmful-inputs",
     "autoencoder",
 )
-PARTS = SCREENING_PARTS + CONSTRAINT_PARTS
+#: What `safeft restore` needs besides, and nothing else does.
+RESTORE_PARTS = (
+    "reference-mask",
+    "reminder-states",
+)
+#: Parts that a job may do without.
+OPTIONAL_PARTS = CONSTRAINT_PARTS + RESTORE_PARTS
+PARTS = SCREENING_PARTS + OPTIONAL_PARTS
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,7 @@ class SafetyProfile:
 
 def rebuild(part: str) -> str:
     """What to do about one part that is not as it should be."""
-    if part in CONSTRAINT_PARTS:
+    if part in OPTIONAL_PARTS:
         return f"run `safeft profile build --model MODEL --part {part}`"
     return REBUILD
 

@@ -82,6 +82,12 @@ class Edit:
     def before_backward(self, accumulation_steps: int) -> dict[str, float]:
         return {}
 
+    def retained_layers(self) -> tuple[int, ...]:
+        return ()
+
+    def row_weight(self, step: int) -> float:
+        return 1.0
+
     def after_step(self) -> None:
         pass
 

@@ -13,7 +13,7 @@ import warnings
 
 import typer
 
-from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, screen
+from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, restore, screen
 from cluster.cli.console import err, printable
 from safeft import __version__
 from safeft.cache import is_disk_full
@@ -36,6 +36,7 @@ app.command()(align.align)
 app.add_typer(profile.app, name="profile")
 app.command()(screen.screen)
 app.command()(finetune.finetune)
+app.command()(restore.restore)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 

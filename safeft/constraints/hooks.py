@@ -8,6 +8,7 @@ every ZeRO stage. Projections act on the optimizer's own fp32 slices, right afte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -161,6 +162,14 @@ class ConstraintHooks:
                 self._forward_metrics[f"{constraint.name}/{key}"] = value
             total = term.loss if total is None else total + term.loss
         return total
+
+    def retained_layers(self) -> tuple[int, ...]:
+        """Decoder layers at which rows are retained (`Constraint.retained_layers`)."""
+        return tuple(layer for c in self._constraints for layer in c.retained_layers())
+
+    def row_weight(self, step: int) -> float:
+        """What the rows' own loss counts in the 0-based `step`."""
+        return math.prod(c.row_weight(step) for c in self._constraints)
 
     @torch.no_grad()
     def project(self) -> None:
