@@ -70,11 +70,11 @@ def harmful_rows(
         parts = [refusal.prompt, config.reminder]
         reminded = " ".join(parts if config.place == "end" else parts[::-1])
         bare, with_reminder = (encode_prompt(p, tokenizer) for p in (refusal.prompt, reminded))
-        count = len(bare)
+        count = len(bare) - 1  # an attention sink's state is no other token's to take over
         if config.at != "prompt":
             answer: list[int] = tokenizer.encode(refusal.answer, add_special_tokens=False)
             if config.at == "response":
-                count -= template_start(tokenizer, refusal.prompt)
+                count = len(bare) - template_start(tokenizer, refusal.prompt)
             bare, with_reminder, count = bare + answer, with_reminder + answer, count + len(answer)
         rows.append(HarmfulRow(bare, with_reminder, count))
     return rows

@@ -83,7 +83,9 @@ class ReferenceConfig:
         place: where: at the `end` of the user's turn (the official code), or at its `start`.
         at: positions that are compared, counted from the end of both texts. `prompt`: as many as
             the bare prompt has (the paper). `response`: the template after the instruction and the
-            base model's own refusal, so where the refusal is produced. `both`: all of them.
+            base model's own refusal, so where the refusal is produced. `both`: all of them. A
+            row's first token is never compared: it reads nothing but itself, and as an attention
+            sink its state is thousands long.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -15,6 +15,7 @@ from jobs.finetune.batches import RowTable, rows_to_table
 from jobs.pipeline import TRAINING, baseline, read_dataset, screen_file
 from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
 from jobs.restore.result import Restoration, RestoreResult, restoration_gate
+from jobs.runtime import embedded_ray
 from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from safeft.adapters import factors_of, load_factors, save_factors, stacked
 from safeft.cache import locked, publish_dir, sha256_file, write_whole
@@ -36,7 +37,7 @@ ADAPTER, STACKED, MANIFEST = "adapter", "stacked", "manifest.json"
 _PREPARED = "prepared"
 
 
-class _RestoreRun(FinetuneSpec):
+class RestoreRun(FinetuneSpec):
     """The training inside a restoration: no task, but SafeReAct."""
 
     constraints: tuple[SafeReactConfig, ...]  # type: ignore[assignment]
@@ -75,28 +76,28 @@ def restore_job(
     profile.verify(PARTS)
     base = baseline(profile)
     max_tokens = spec.data.max_tokens
-    verdict, _ = screen_file(
-        spec.data.train,
-        model=spec.model,
-        profile_root=spec.profile,
-        max_tokens=max_tokens,
-        address=spec.distributed.address,
-        progress=progress,
-    )
-    risky = {row.line for row in verdict.risky_rows}
-    dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
     held_out = None
     if spec.data.validation:
         held_out = read_dataset(spec.data.validation, model_dir, max_tokens, progress).rows
-    manifest = restore(
-        spec,
-        adapter=adapter,
-        domain=[row for row in dataset.tokenised if row.line not in risky],
-        model_dir=model_dir,
-        profile=profile,
-        output=output,
-        progress=progress,
-    )
+    dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
+    with embedded_ray(spec.distributed.address):
+        verdict, _ = screen_file(
+            spec.data.train,
+            model=spec.model,
+            profile_root=spec.profile,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+        risky = {row.line for row in verdict.risky_rows}
+        manifest = restore(
+            spec,
+            adapter=adapter,
+            domain=[row for row in dataset.tokenised if row.line not in risky],
+            model_dir=model_dir,
+            profile=profile,
+            output=output,
+            progress=progress,
+        )
     measured = [
         evaluate(
             model_dir,
@@ -192,7 +193,7 @@ def restore(
         return manifest
 
 
-def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> _RestoreRun:
+def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> RestoreRun:
     """The run that trains the adapter. Layers after the last compared one would learn nothing."""
     model = load_model(tuned_dir)
     layers = decoder_layers(model.get_decoder())[1]
@@ -207,7 +208,7 @@ def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> _
     inside = {id(m) for number in chosen for m in layers[number].modules()}
     names = [name for name, module in decoder_linears(model).items() if id(module) in inside]
     restore = spec.restore
-    return _RestoreRun(
+    return RestoreRun(
         name=spec.name,
         model=spec.model,
         data=DataSpec(train=spec.data.train),
@@ -217,6 +218,7 @@ def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> _
             batch_size=restore.batch_size,
             learning_rate=restore.learning_rate,
             schedule="constant",
+            adam_eps=spec.training.adam_eps,
             seed=spec.training.seed,
             precision=spec.training.precision,
             gradient_checkpointing=spec.training.gradient_checkpointing,
