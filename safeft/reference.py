@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from safeft.errors import ProfileError
 from safeft.own_refusals import OwnRefusal, refusal_row
 from safeft.progress import Progress, silent
 from safeft.safereact import ReferenceConfig
-from safeft.wanda import InputNorms, reference_mask
+from safeft.wanda import InputNorms, pruned_share, reference_mask
 
 _BATCH = 16
 
@@ -37,7 +38,8 @@ def pruning_mask(
         For each linear layer of the decoder ``(d_out, d_in)`` bool.
 
     Raises:
-        ProfileError: a layer's inputs are not finite.
+        ProfileError: a layer's inputs are not finite, or nothing at all is zeroed though a share
+            of the weights was asked for.
     """
     safety = [refusal_row(tokenizer, r).input_ids for r in refusals[: config.prompts]]
     norms = {}
@@ -49,6 +51,12 @@ def pruning_mask(
             streamed.read(ordered[start : start + _BATCH])
         progress(f"reading {name} rows", len(ordered), len(ordered))
         norms[name] = streamed.norms()
-    return reference_mask(
+    mask = reference_mask(
         model, norms["domain"], norms["safety"], config.domain_share, config.safety_share
     )
+    if config.domain_share > 0 and not pruned_share(mask):
+        raise ProfileError(
+            f"the reference would not be pruned at all at domain_share {config.domain_share:g} and "
+            f"safety_share {config.safety_share:g}; raise the first or lower the second"
+        )
+    return mask

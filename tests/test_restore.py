@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 import yaml
 from peft import LoraConfig, get_peft_model
 
@@ -18,12 +17,12 @@ from cluster.cli.main import app
 from jobs.evaluate import Evaluation
 from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
 from jobs.restore import Restoration
-from jobs.restore.prepare import _retained
+from jobs.restore.prepare import _compared, _retained
 from jobs.restore.result import restoration_gate
 from jobs.spec import RestoreSpec, load_spec
 from safeft.adapters import LoraFactors, stacked
 from safeft.cache import sha256_file
-from safeft.data import TokenisedRow
+from safeft.data import Message, Row, TokenisedRow, tokenise
 from safeft.errors import InputError, ProfileError, SafetyGateFailed, SpecError
 from safeft.evaluate import Rate
 from safeft.models import adapter_hash, load_adapter, load_merged, load_model, weights_hash
@@ -32,12 +31,14 @@ from safeft.prompts import load_prompts
 from safeft.reactivation_targets import load_targets
 from safeft.safereact import ReferenceConfig
 from safeft.wanda import load_mask
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_tokenizer
 from tests.tinyprofile import write_profile
 
 HARMFUL = {p.text for p in load_prompts("harmful")}
 CONFIG = ProfileConfig(
-    refusals=RefusalsConfig(prompts=20), reference=ReferenceConfig(prompts=8, domain_prompts=8)
+    refusals=RefusalsConfig(prompts=20),
+    # Rows of 32 weights: the default shares would choose none.
+    reference=ReferenceConfig(prompts=8, domain_prompts=8, domain_share=0.2, safety_share=0.1),
 )
 STEPS = 10
 
@@ -132,8 +133,8 @@ def test_an_interrupted_restoration_goes_on_and_only_a_gate_that_passed_publishe
         if label == "training" and done >= 5:
             raise KeyboardInterrupt
 
-    with watched(monkeypatch, interrupt), pytest.raises((KeyboardInterrupt, typer.Abort)):
-        app(["restore", str(spec_file)], standalone_mode=False)
+    with watched(monkeypatch, interrupt):
+        assert app(["restore", str(spec_file)], standalone_mode=False) == 130
     assert (output / "prepared" / "model").is_dir()
     assert not (output / "candidate").exists()
 
@@ -256,17 +257,33 @@ def test_a_restoration_passes_only_with_refusals_back_and_nothing_else_lost(
 
 
 def test_retained_rows_alternate_and_each_comes_once_before_any_comes_again() -> None:
-    domain = [TokenisedRow(n, [n, n, n], [n, n, n]) for n in range(3)]
-    borderline = [[100 + n] * 9 for n in range(2)]
-    restore = RestoreSpec.model_validate(
-        {"safereact": {"steps": 3}, "batch_size": 4, "row_tokens": 5}
-    )
+    domain = [TokenisedRow(n, [n, n], [n, n]) for n in range(3)]
+    borderline = [TokenisedRow(0, [100 + n], [100 + n]) for n in range(2)]
+    restore = RestoreSpec.model_validate({"safereact": {"steps": 3}, "batch_size": 4})
     rows = _retained(domain, borderline, restore, seed=0)
     assert len(rows) == 12
     assert sorted(row.input_ids[0] for row in rows[0::2]) == [0, 0, 1, 1, 2, 2]
-    assert {len(row.input_ids) for row in rows[1::2]} == {5}
     assert sorted(row.input_ids[0] for row in rows[1:4:2]) == [100, 101]
-    assert all(row.labels == row.input_ids for row in rows)
+
+
+def test_retained_rows_are_compared_where_harmful_ones_are() -> None:
+    tokenizer = tiny_tokenizer()
+    turns = [
+        Message("user", "Hello", False),
+        Message("assistant", "Hi.", True),
+        Message("user", "Bye", False),
+        Message("assistant", "Go", True),
+    ]
+    row = tokenise(Row(1, tuple(turns)), tokenizer, 500)
+    everywhere = _compared(row, "prompt", tokenizer, 20)
+    assert everywhere.labels == everywhere.input_ids == row.input_ids[:20]
+    compared = _compared(row, "response", tokenizer, 500)
+    assert compared.input_ids == row.input_ids
+    kept = "".join(tokenizer.decode([t]) if t != -100 else "_" for t in compared.labels)
+    template = "<|im_end|>\n<|im_start|>assistant\n"
+    assert kept.replace("_", "") == f"{template}Hi.<|im_end|>{template}Go<|im_end|>"
+    # Cut before its first answer: all of it counts.
+    assert _compared(row, "response", tokenizer, 6).labels == row.input_ids[:6]
 
 
 def test_two_adapters_of_other_modules_ranks_and_scales_add_up() -> None:

@@ -13,10 +13,11 @@ from jobs.profile.restore_parts import CONFIG
 from jobs.spec import FinetuneSpec, RestoreSpec
 from safeft.cache import publish_dir
 from safeft.data import TokenisedRow, encode_prompt
+from safeft.data.tokenise import IGNORED
 from safeft.errors import MeasurementError, ProfileError, SpecError
 from safeft.evaluate import AnswerClass, classify_answer, generate_greedy
 from safeft.models import load_merged, load_model, load_tokenizer, weights_hash
-from safeft.own_refusals import load_refusals
+from safeft.own_refusals import load_refusals, template_start
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import load_prompts, spread
@@ -28,7 +29,7 @@ from safeft.reactivation_targets import (
     save_targets,
 )
 from safeft.reference import pruning_mask
-from safeft.safereact import ReferenceConfig
+from safeft.safereact import ComparedAt, ReferenceConfig
 from safeft.wanda import prune
 
 MODEL, TARGETS = "model", "targets"
@@ -63,27 +64,33 @@ def prepare(
         return
     with publish_dir(out) as staging:
         progress("merging the tuned model", 0, None)
-        tokenizer = load_tokenizer(model_dir)
+        config, tokenizer = _reference_config(profile), load_tokenizer(model_dir)
         tuned = load_merged(model_dir, adapter)
         tuned.save_pretrained(staging / MODEL)
         tokenizer.save_pretrained(staging / MODEL)
         borderline = _answered(tuned, tokenizer, spec.restore.borderline_rows, progress)
-        rows = _retained(domain, borderline, spec.restore, spec.training.seed)
-        (staging / _ROWS).write_text(json.dumps([row.input_ids for row in rows]))
+        compared = [
+            [_compared(row, config.at, tokenizer, spec.restore.row_tokens) for row in rows]
+            for rows in (domain, borderline)
+        ]
+        retained = _retained(*compared, spec.restore, spec.training.seed)
+        (staging / _ROWS).write_text(json.dumps([[r.input_ids, r.labels] for r in retained]))
         del tuned
         weights = weights_hash(staging / MODEL)
         targets = load_targets(profile.path("reminder-states"))
         if spec.restore.reference == "tuned":
-            targets = _tuned_targets(staging / MODEL, domain, spec.restore, profile, progress)
+            targets = _tuned_targets(
+                staging / MODEL, domain, spec.restore, config, profile, progress
+            )
         (staging / TARGETS).mkdir()
         save_targets(replace(targets, weights=weights), staging / TARGETS)
         (staging / _BOUND).write_text(json.dumps(bound, sort_keys=True))
 
 
 def prepared_rows(directory: Path) -> list[TokenisedRow]:
-    """The rows that are retained, in the order of the steps: every token counts."""
-    rows: list[list[int]] = json.loads((directory / _ROWS).read_text())
-    return [TokenisedRow(number, row, row) for number, row in enumerate(rows, 1)]
+    """The rows that are retained: as many as all steps take, labels on the tokens that count."""
+    rows: list[list[list[int]]] = json.loads((directory / _ROWS).read_text())
+    return [TokenisedRow(number, ids, labels) for number, (ids, labels) in enumerate(rows, 1)]
 
 
 def _check_bound(out: Path, bound: dict[str, Any]) -> None:
@@ -98,7 +105,7 @@ def _check_bound(out: Path, bound: dict[str, Any]) -> None:
         )
 
 
-def _answered(tuned: Any, tokenizer: Any, count: int, progress: Progress) -> list[list[int]]:
+def _answered(tuned: Any, tokenizer: Any, count: int, progress: Progress) -> list[TokenisedRow]:
     """Borderline-benign prompts with the tuned model's own answers, where it does answer."""
     prompts = [p.text for p in spread(load_prompts("borderline", "profile"), count)]
     answers = generate_greedy(
@@ -109,11 +116,12 @@ def _answered(tuned: Any, tokenizer: Any, count: int, progress: Progress) -> lis
         batch_size=40,
         progress=lambda _, done, total: progress("own answers to borderline prompts", done, total),
     )
-    rows = [
-        encode_prompt(prompt, tokenizer) + tokenizer.encode(answer, add_special_tokens=False)
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if classify_answer(answer) is AnswerClass.complied
-    ]
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if classify_answer(answer) is AnswerClass.complied:
+            asked = encode_prompt(prompt, tokenizer)
+            target = tokenizer.encode(answer, add_special_tokens=False)
+            rows.append(TokenisedRow(0, asked + target, [IGNORED] * len(asked) + target))
     if not rows:
         raise MeasurementError(
             f"the tuned model answers none of {count} borderline-benign prompts, so there is "
@@ -122,20 +130,39 @@ def _answered(tuned: Any, tokenizer: Any, count: int, progress: Progress) -> lis
     return rows
 
 
+def _compared(row: TokenisedRow, at: ComparedAt, tokenizer: Any, limit: int) -> TokenisedRow:
+    """A row cut at `limit` tokens, with labels where it is compared: as harmful rows are.
+
+    At `response` these are the answers' tokens and as many before each answer as the template puts
+    there; a row that is cut before its first answer is compared everywhere.
+    """
+    ids, labels = row.input_ids[:limit], row.labels[:limit]
+    if at == "response":
+        before = len(encode_prompt("?", tokenizer)) - template_start(tokenizer, "?")
+        answers = [label != IGNORED for label in labels]
+        counted = [any(answers[t : t + before + 1]) for t in range(len(ids))]
+        if any(counted[1:]):
+            kept = [token if count else IGNORED for token, count in zip(ids, counted, strict=True)]
+            return TokenisedRow(row.line, ids, kept)
+    return TokenisedRow(row.line, ids, ids)
+
+
 def _retained(
-    domain: Sequence[TokenisedRow], borderline: Sequence[list[int]], restore: RestoreSpec, seed: int
+    domain: Sequence[TokenisedRow],
+    borderline: Sequence[TokenisedRow],
+    restore: RestoreSpec,
+    seed: int,
 ) -> list[TokenisedRow]:
     """As many rows as all steps take: domain and borderline in turn, each drawn without return."""
     order = random.Random(seed)
-    sources = [[row.input_ids for row in domain], list(borderline)]
-    waiting: list[list[list[int]]] = [[], []]
+    waiting: list[list[TokenisedRow]] = [[], []]
     rows = []
     for number in range(restore.safereact.steps * restore.batch_size):
         turn = number % 2
         if not waiting[turn]:
-            waiting[turn] = order.sample(sources[turn], len(sources[turn]))
-        ids = waiting[turn].pop()[: restore.row_tokens]
-        rows.append(TokenisedRow(number, ids, ids))
+            source = (domain, borderline)[turn]
+            waiting[turn] = order.sample(source, len(source))
+        rows.append(waiting[turn].pop())
     return rows
 
 
@@ -143,25 +170,30 @@ def _tuned_targets(
     tuned_dir: Path,
     domain: Sequence[TokenisedRow],
     restore: RestoreSpec,
+    config: ReferenceConfig,
     profile: SafetyProfile,
     progress: Progress,
 ) -> Targets:
-    """The paper's reference: the tuned model, pruned of what its domain needs and safety does not.
-
-    Raises:
-        ProfileError: the profile's part does not say how it was made.
-    """
-    try:
-        fields = profile.json("reminder-states", CONFIG)
-        config = ReferenceConfig(**{**fields, "layers": fields["layers"] and (*fields["layers"],)})
-    except (TypeError, KeyError, ValueError) as error:
-        raise ProfileError(
-            f"{profile.root / 'reminder-states' / CONFIG}: {error}; run `safeft profile build "
-            "--model MODEL --part reminder-states`"
-        ) from None
+    """The paper's reference: the tuned model without what its domain needs and safety does not."""
     tokenizer, refusals = load_tokenizer(tuned_dir), load_refusals(profile.path("refusals"))
     model = load_model(tuned_dir)
     rows = [row.input_ids[: restore.row_tokens] for row in domain]
     prune(model, pruning_mask(model, tokenizer, rows, refusals, config, progress))
     harmful = harmful_rows(tokenizer, refusals, config)
     return reference_targets(model, harmful, config, weights="", progress=progress)
+
+
+def _reference_config(profile: SafetyProfile) -> ReferenceConfig:
+    """How the profile's reference was made.
+
+    Raises:
+        ProfileError: the part does not say it.
+    """
+    try:
+        fields = profile.json("reminder-states", CONFIG)
+        return ReferenceConfig(**{**fields, "layers": fields["layers"] and (*fields["layers"],)})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ProfileError(
+            f"{profile.root / 'reminder-states' / CONFIG}: {error}; run `safeft profile build "
+            "--model MODEL --part reminder-states`"
+        ) from None
