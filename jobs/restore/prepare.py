@@ -69,11 +69,11 @@ def prepare(
         tuned.save_pretrained(staging / MODEL)
         tokenizer.save_pretrained(staging / MODEL)
         borderline = _answered(tuned, tokenizer, spec.restore.borderline_rows, progress)
-        compared = [
+        kept, held = (
             [_compared(row, config.at, tokenizer, spec.restore.row_tokens) for row in rows]
             for rows in (domain, borderline)
-        ]
-        retained = _retained(*compared, spec.restore, spec.training.seed)
+        )
+        retained = _retained(kept, held, spec.restore, spec.training.seed)
         (staging / _ROWS).write_text(json.dumps([[r.input_ids, r.labels] for r in retained]))
         del tuned
         weights = weights_hash(staging / MODEL)
