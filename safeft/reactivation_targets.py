@@ -67,7 +67,7 @@ def harmful_rows(
     """
     rows = []
     for refusal in refusals[: config.prompts]:
-        parts = [refusal.prompt, config.reminder]
+        parts = [text for text in (refusal.prompt, config.reminder) if text]
         reminded = " ".join(parts if config.place == "end" else parts[::-1])
         bare, with_reminder = (encode_prompt(p, tokenizer) for p in (refusal.prompt, reminded))
         count = len(bare) - 1  # an attention sink's state is no other token's to take over

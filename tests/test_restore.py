@@ -279,9 +279,9 @@ def test_retained_rows_are_compared_where_harmful_ones_are() -> None:
     assert everywhere.labels == everywhere.input_ids == row.input_ids[:20]
     compared = _compared(row, "response", tokenizer, 500)
     assert compared.input_ids == row.input_ids
-    kept = "".join(tokenizer.decode([t]) if t != -100 else "_" for t in compared.labels)
+    kept = "".join(tokenizer.decode([t]) if t != -100 else "~" for t in compared.labels)
     template = "<|im_end|>\n<|im_start|>assistant\n"
-    assert kept.replace("_", "") == f"{template}Hi.<|im_end|>{template}Go<|im_end|>"
+    assert kept.replace("~", "") == f"{template}Hi.<|im_end|>{template}Go<|im_end|>"
     # Cut before its first answer: all of it counts.
     assert _compared(row, "response", tokenizer, 6).labels == row.input_ids[:6]
 

@@ -90,9 +90,9 @@ def test_pruning_zeroes_the_mask_and_nothing_else() -> None:
 
 def test_a_reference_that_would_not_be_pruned_is_refused() -> None:
     refusals = [OwnRefusal(f"prompt {n}", "I can't help.") for n in range(4)]
-    for config in (ReferenceConfig(), ReferenceConfig(domain_share=0.1, safety_share=1.0)):
-        with pytest.raises(ProfileError, match="would not be pruned at all"):
-            pruning_mask(tiny_model(), tiny_tokenizer(), token_rows(5, 1), refusals, config)
+    config = ReferenceConfig(domain_share=0.1, safety_share=1.0)
+    with pytest.raises(ProfileError, match="would not be pruned at all"):
+        pruning_mask(tiny_model(), tiny_tokenizer(), token_rows(5, 1), refusals, config)
     unpruned = ReferenceConfig(domain_share=0.0)
     mask = pruning_mask(tiny_model(), tiny_tokenizer(), token_rows(5, 1), refusals, unpruned)
     assert pruned_share(mask) == 0
