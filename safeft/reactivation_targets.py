@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safeft.data import TokenisedRow, collate, encode_prompt
+from safeft.data import encode_prompt, pad_right
 from safeft.errors import ProfileError
 from safeft.own_refusals import OwnRefusal, template_start
 from safeft.progress import Progress, silent
@@ -101,10 +101,12 @@ def reference_targets(
     for start in range(0, len(order), _BATCH):
         progress("reading reminded prompts", start, len(order))
         chosen = order[start : start + _BATCH]
-        ids, lengths = padded([rows[i].reminded for i in chosen])
+        # Padded on the right, where causal attention does not look; positions that count are found
+        # from each row's own end, as left padding would align them.
+        ids = pad_right([rows[i].reminded for i in chosen], 0)
         found = torch.stack(residuals_after(reference, layers, ids.to(reference.device)), dim=2)
         for place, i in enumerate(chosen):
-            end = int(lengths[place])
+            end = len(rows[i].reminded)
             states[i] = found[place, end - rows[i].count : end].float().cpu()  # (count, L, d)
             if not torch.isfinite(states[i]).all():
                 raise ProfileError("the reference's states are not finite; check its weights")
@@ -112,15 +114,6 @@ def reference_targets(
     return Targets(
         weights, tuple(layers), [row.bare for row in rows], [states[i] for i in range(len(rows))]
     )
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right, where causal attention does not look: ``(B, T)``, ``(B,)`` int64.
-
-    Positions that count are found from each row's own end, as left padding would align them.
-    """
-    batch = collate([TokenisedRow(0, list(row), list(row)) for row in rows], pad_token_id=0)
-    return batch["input_ids"], batch["attention_mask"].sum(1)
 
 
 def save_targets(targets: Targets, directory: Path) -> None:

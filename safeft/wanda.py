@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from safeft.constraints.covariance import decoder_linears
-from safeft.data import TokenisedRow, collate
+from safeft.data import pad_right
 from safeft.errors import ProfileError
+from safeft.weights import decoder_linears
 
 FILE = "mask.safetensors"
 REBUILD = "run `safeft profile build --model MODEL --part reference-mask`"
@@ -43,8 +43,8 @@ class InputNorms:
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[int]]) -> None:
         """Add one batch of rows of token ids; padding counts nothing."""
-        batch = collate([TokenisedRow(0, list(row), list(row)) for row in rows], pad_token_id=0)
-        real = batch["attention_mask"].bool().to(self._model.device)  # (B, T)
+        device = self._model.device
+        real = pad_right([[1] * len(row) for row in rows], 0).bool().to(device)  # (B, T)
 
         def add(name: str) -> Any:
             def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -56,8 +56,7 @@ class InputNorms:
         hooks = [m.register_forward_pre_hook(add(name)) for name, m in self._linears.items()]
         try:
             # Padded on the right, where causal attention does not look: no mask is needed.
-            ids = batch["input_ids"].to(self._model.device)
-            self._model.get_decoder()(input_ids=ids, use_cache=False)
+            self._model.get_decoder()(input_ids=pad_right(rows, 0).to(device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()

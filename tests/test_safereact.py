@@ -16,7 +16,7 @@ from jobs.finetune.retain import RetainLoss
 from safeft.constraints import ConstraintHooks, ProfileFiles
 from safeft.constraints.draw import draw
 from safeft.constraints.reactivation import Reactivation
-from safeft.data import encode_prompt
+from safeft.data import encode_prompt, pad_right
 from safeft.errors import ModelError, ProfileError, TrainingError
 from safeft.lora import adapters_off, lora_pairs
 from safeft.own_refusals import OwnRefusal, template_start
@@ -24,7 +24,6 @@ from safeft.reactivation_targets import (
     HarmfulRow,
     harmful_rows,
     load_targets,
-    padded,
     reference_targets,
     save_targets,
 )
@@ -53,11 +52,7 @@ STEPS = 6
 
 
 def batch(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    ids, lengths = padded(rows)
-    labels = ids.clone()
-    for row, length in enumerate(lengths.tolist()):
-        labels[row, length:] = -100
-    return ids, labels
+    return pad_right(rows, 0), pad_right(rows, -100)
 
 
 def trained(model: Any, harmful_batch: int = 3) -> tuple[RetainLoss, ConstraintHooks]:

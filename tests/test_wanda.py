@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeft.constraints.covariance import decoder_linears
 from safeft.errors import ProfileError
 from safeft.own_refusals import OwnRefusal, refusal_row
 from safeft.reference import pruning_mask
@@ -23,6 +22,7 @@ from safeft.wanda import (
     reference_mask,
     save_mask,
 )
+from safeft.weights import decoder_linears
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tinyreactivation import token_rows
 

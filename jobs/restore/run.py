@@ -20,7 +20,6 @@ from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from safeft.adapters import factors_of, load_factors, save_factors, stacked
 from safeft.cache import locked, publish_dir, sha256_file, write_whole
 from safeft.constraints import ProfileFiles
-from safeft.constraints.covariance import decoder_linears
 from safeft.data import TokenisedRow
 from safeft.errors import InputError, ModelError, SpecError
 from safeft.models import adapter_hash, load_adapter, load_model, resolve, weights_hash
@@ -30,6 +29,7 @@ from safeft.progress import Progress, silent
 from safeft.reactivation_targets import load_targets
 from safeft.safereact import SafeReactConfig
 from safeft.stopped_forward import decoder_layers
+from safeft.weights import decoder_linears
 
 PARTS = ("refusals", "reference-mask", "reminder-states")
 CANDIDATE, PUBLISHED, RESULT = "candidate", "restored", "restore.json"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from safeft.constraints.base import Constraint, ForwardTerm
 from safeft.constraints.draw import draw
+from safeft.data import pad_right
 from safeft.errors import ModelError, ProfileError, TrainingError
 from safeft.lora import LoraPair
-from safeft.reactivation_targets import Targets, padded
+from safeft.reactivation_targets import Targets
 from safeft.safereact import SafeReactConfig, distances
 from safeft.stopped_forward import residuals_after
 from safeft.weights import TrainedLayers
@@ -72,7 +73,8 @@ class Reactivation(Constraint):
     def _far(self, model: nn.Module, chosen: list[int]) -> Tensor:
         """The distance at each compared position of these prompts: ``(n,)``."""
         device = next(model.parameters()).device
-        ids, lengths = padded([self._targets.rows[index] for index in chosen])
+        rows = [self._targets.rows[index] for index in chosen]
+        ids = pad_right(rows, 0)
         states = [self._targets.states[index] for index in chosen]
         now = residuals_after(model, self._targets.layers, ids.to(device))
         width, expected = now[0].shape[-1], states[0].shape[-1]
@@ -82,8 +84,8 @@ class Reactivation(Constraint):
                 "the profile belongs to another model"
             )
         counted = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, found in enumerate(states):
-            counted[row, int(lengths[row]) - len(found) : int(lengths[row])] = True
+        for number, (row, found) in enumerate(zip(rows, states, strict=True)):
+            counted[number, len(row) - len(found) : len(row)] = True
         # Both in the order of rows and positions.
         then = torch.cat(states).to(device).unbind(1)
         return distances([h[counted.to(device)] for h in now], then)
