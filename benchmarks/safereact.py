@@ -26,7 +26,8 @@ from jobs.evaluate import Evaluation, evaluate
 from jobs.finetune import finetune
 from jobs.profile import ProfileConfig, build_profile
 from jobs.restore import restore
-from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, RestoreSpec, TrainingSpec
+from jobs.restore_spec import RestoreSpec
+from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from safeft.adapters import LoraFactors, load_factors, save_factors, stacked
 from safeft.cache import publish_dir, write_whole
 from safeft.constraints import ProfileFiles

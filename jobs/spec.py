@@ -10,37 +10,21 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
+from jobs.restore_spec import RestoreSpec
+from jobs.spec_fields import Count, NotNegative, Positive, SpecPart, TargetModules
 from jobs.strict_yaml import read_yaml
 from safeft.constraints import ConstraintConfig
 from safeft.errors import SpecError
-from safeft.safereact import SafeReactConfig
-
-Count = Annotated[int, Field(strict=True, ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
-TargetModules = Annotated[
-    Annotated[Literal["all-linear"], Tag("word")]
-    | Annotated[tuple[Module, ...], Field(min_length=1), Tag("list")],
-    Discriminator(lambda value: "word" if isinstance(value, str) else "list"),
-]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSpec(_Part):
+class DataSpec(SpecPart):
     """Paths are relative to the spec's directory.
 
     `safety_rows`: so many harmful prompts with the base model's own refusals are added to the rows
@@ -53,7 +37,7 @@ class DataSpec(_Part):
     safety_rows: Annotated[int, Field(strict=True, ge=0)] = 0
 
 
-class LoraSpec(_Part):
+class LoraSpec(SpecPart):
     """`target_modules`: endings of module names, or all linear layers but the output head."""
 
     rank: Count = 8
@@ -62,7 +46,7 @@ class LoraSpec(_Part):
     target_modules: TargetModules = ("q_proj", "v_proj")
 
 
-class TrainingSpec(_Part):
+class TrainingSpec(SpecPart):
     """`batch_size` is the number of rows of one optimizer step over all workers.
 
     `micro_batch_size`: at most so many rows at once on each worker; null: all of a worker's share.
@@ -86,7 +70,7 @@ class TrainingSpec(_Part):
     keep_checkpoints: Count = 2
 
 
-class DistributedSpec(_Part):
+class DistributedSpec(SpecPart):
     """`cpus_per_worker`: null divides a machine's processors among its workers.
 
     `max_failures`: how often a lost worker is replaced before the run fails.
@@ -101,7 +85,7 @@ class DistributedSpec(_Part):
     address: str | None = None
 
 
-class ScreeningSpec(_Part):
+class ScreeningSpec(SpecPart):
     """`override_reason`: why a dataset that screening rejects is trained on all the same.
 
     `scorers`, `max_scorers`: scoring workers at first and at most (null: as many).
@@ -114,30 +98,7 @@ class ScreeningSpec(_Part):
     use_gpu: bool = False
 
 
-class RestoreSpec(_Part):
-    """How `safeft restore` trains refusals back (docs/methods/safereact.md).
-
-    `reference`: whose states on reminded harmful prompts are the target: the base model's, which
-    the safety profile holds, or the tuned model's, pruned for its own data (the paper).
-    `batch_size`: retained rows of a step over all workers; every other one is a borderline prompt
-    with the tuned model's own answer, of which there are at most `borderline_rows`.
-    `row_tokens`: retained rows are cut there.
-    `layers_to_transform`: decoder layers that get LoRA factors; null: all up to the last one whose
-    output is compared.
-    """
-
-    safereact: SafeReactConfig = SafeReactConfig()
-    reference: Literal["base", "tuned"] = "base"
-    learning_rate: Positive = 1e-3
-    batch_size: Count = 8
-    borderline_rows: Count = 96
-    row_tokens: Annotated[int, Field(strict=True, ge=2)] = 128
-    rank: Count = 16
-    alpha: Positive = 16
-    layers_to_transform: tuple[Annotated[int, Field(strict=True, ge=0)], ...] | None = None
-
-
-class FinetuneSpec(_Part):
+class FinetuneSpec(SpecPart):
     """One fine-tuning job. `model` is a source string; if it is a path that starts with a dot, it
     is relative to the spec's directory, and so are `profile` and `output`. Without `profile` the
     base model's safety profile is looked for in the cache.

@@ -19,7 +19,8 @@ from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
 from jobs.restore import Restoration
 from jobs.restore.prepare import _compared, _retained
 from jobs.restore.result import restoration_gate
-from jobs.spec import RestoreSpec, load_spec
+from jobs.restore_spec import RestoreSpec
+from jobs.spec import load_spec
 from safeft.adapters import LoraFactors, stacked
 from safeft.cache import sha256_file
 from safeft.data import Message, Row, TokenisedRow, tokenise

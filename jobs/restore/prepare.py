@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.profile.restore_parts import CONFIG
-from jobs.spec import FinetuneSpec, RestoreSpec
+from jobs.restore_spec import RestoreSpec
+from jobs.spec import FinetuneSpec
 from safeft.cache import publish_dir
 from safeft.data import TokenisedRow, encode_prompt
 from safeft.data.tokenise import IGNORED

@@ -164,11 +164,10 @@ class ConstraintHooks:
         return total
 
     def retained_layers(self) -> tuple[int, ...]:
-        """Decoder layers at which rows are retained (`Constraint.retained_layers`)."""
+        """Of all constraints."""
         return tuple(layer for c in self._constraints for layer in c.retained_layers())
 
     def row_weight(self, step: int) -> float:
-        """What the rows' own loss counts in the 0-based `step`."""
         return math.prod(c.row_weight(step) for c in self._constraints)
 
     @torch.no_grad()
