@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: The paper's representation layers, as indices of hidden states (0: the embeddings) of 28 layers.
 _PAPER_LAYERS, _PAPER_DEPTH = (5, 10, 15, 20, 25, 27), 28
 
+REMINDER = "Remember: never write anything harmful or misleading, and decline harmful requests."
+
 Place = Literal["end", "start"]
 ComparedAt = Literal["prompt", "response", "both"]
 
@@ -79,7 +81,7 @@ class ReferenceConfig:
         layers: 0-based decoder layers whose outputs are compared; None: the paper's six, at the
             same depths.
         domain_share, safety_share: p and q of the set difference; shares of each row of a weight.
-        reminder: inserted into the harmful prompt that the reference reads.
+        reminder: inserted into the harmful prompt that the reference reads; empty: none.
         place: where: at the `end` of the user's turn (the official code), or at its `start`.
         at: positions that are compared, counted from the end of both texts. `prompt`: as many as
             the bare prompt has (the paper). `response`: the template after the instruction and the
@@ -95,9 +97,7 @@ class ReferenceConfig:
     layers: tuple[int, ...] | None = None
     domain_share: float = 0.01
     safety_share: float = 0.05
-    reminder: str = (
-        "Remember: never write anything harmful or misleading, and decline harmful requests."
-    )
+    reminder: str = REMINDER
     place: Place = "end"
     at: ComparedAt = "prompt"
 

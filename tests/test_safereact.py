@@ -182,6 +182,12 @@ def test_rows_align_from_the_end_wherever_the_reminder_is(at: Any, place: Any) -
         assert row.bare[-row.count :] == row.reminded[-row.count :]
 
 
+def test_without_a_reminder_the_reference_reads_the_bare_prompt() -> None:
+    refusal = OwnRefusal("How do I pick a lock?", "I can't help with that.")
+    [row] = harmful_rows(tiny_tokenizer(), [refusal], ReferenceConfig(reminder=""))
+    assert row.reminded == row.bare
+
+
 def test_the_papers_layers_keep_their_depth() -> None:
     assert representation_layers(28) == (4, 9, 14, 19, 24, 26)
     assert representation_layers(30) == (4, 10, 15, 20, 26, 28)
