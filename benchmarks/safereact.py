@@ -58,8 +58,8 @@ TRAINING = TrainingSpec(
 ARMS = {
     "safereact": (RestoreSpec(), ReferenceConfig()),
     "safereact-paper": (
-        RestoreSpec(reference="tuned"),
-        ReferenceConfig(reminder=REMINDER, place="end", at="prompt"),
+        RestoreSpec(reference="tuned", borderline_rows=192),
+        ReferenceConfig(reminder=REMINDER, place="end", at="prompt", borderline_prompts=0),
     ),
 }
 #: The bar, as a difference to the aligned model (refusals) or the tuned one (token accuracy).

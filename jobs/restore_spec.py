@@ -15,8 +15,9 @@ class RestoreSpec(SpecPart):
 
     `reference`: whose states on reminded harmful prompts are the target: the base model's, which
     the safety profile holds, or the tuned model's, pruned for its own data (the paper).
-    `batch_size`: retained rows of a step over all workers; every other one is a borderline prompt
-    with the tuned model's own answer, of which there are at most `borderline_rows`.
+    `batch_size`: retained rows of a step over all workers: the tenant's, and in turn with them
+    borderline-benign prompts with the tuned model's own answers, at most `borderline_rows` of them
+    (the paper retains such; our reference has the base model's own line instead).
     `row_tokens`: retained rows are cut there.
     `layers_to_transform`: decoder layers that get LoRA factors; null: all up to the last one whose
     output is compared.
@@ -26,7 +27,7 @@ class RestoreSpec(SpecPart):
     reference: Literal["base", "tuned"] = "base"
     learning_rate: Positive = 1e-3
     batch_size: Count = 8
-    borderline_rows: Count = 96
+    borderline_rows: Annotated[int, Field(strict=True, ge=0)] = 0
     row_tokens: Annotated[int, Field(strict=True, ge=2)] = 128
     rank: Count = 16
     alpha: Positive = 16

@@ -1,4 +1,4 @@
-"""The targets of a restoration: harmful rows, and a reference's states at their last positions."""
+"""The targets of a restoration: rows, and a reference's states at their last positions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safeft.data import encode_prompt, pad_right
 from safeft.errors import ProfileError
+from safeft.evaluate import AnswerClass, classify_answer, generate_greedy
 from safeft.own_refusals import OwnRefusal, template_start
 from safeft.progress import Progress, silent
 from safeft.safereact import ReferenceConfig, representation_layers
@@ -22,15 +23,17 @@ from safeft.stopped_forward import decoder_layers, residuals_after
 
 FILE = "targets.safetensors"
 REBUILD = "run `safeft profile build --model MODEL --part reminder-states`"
+#: Where the models' own answers to borderline prompts are cut: the decision to answer falls early.
+ANSWER_TOKENS = 12
 _BATCH = 16
 
 
 @dataclass(frozen=True)
-class HarmfulRow:
-    """A harmful prompt as the trained model reads it, and as the reference does.
+class TargetRow:
+    """A prompt as the trained model reads it, and as the reference does.
 
     Attributes:
-        bare: tokens of the prompt, with the refusal where that is compared too.
+        bare: tokens of the prompt, with the base model's answer where that is compared too.
         reminded: the same with the reminder in the prompt.
         count: positions that are compared: the last of both.
     """
@@ -47,7 +50,7 @@ class Targets:
     Attributes:
         weights: hash of the weights that are trained, or, in a profile, of the base model.
         layers: 0-based decoder layers.
-        rows: tokens of each harmful row, without a reminder.
+        rows: tokens of each row, without a reminder.
         states: for each row ``(count, L, d)`` fp32: the reference's, at the row's last positions.
     """
 
@@ -59,31 +62,62 @@ class Targets:
 
 def harmful_rows(
     tokenizer: Any, refusals: Sequence[OwnRefusal], config: ReferenceConfig
-) -> list[HarmfulRow]:
-    """The rows to compare at, from the base model's own refusals.
+) -> list[TargetRow]:
+    """The harmful rows to compare at, from the base model's own refusals.
 
     Raises:
         ProfileError: see `safeft.own_refusals.template_start`.
     """
-    rows = []
-    for refusal in refusals[: config.prompts]:
-        parts = [text for text in (refusal.prompt, config.reminder) if text]
-        reminded = " ".join(parts if config.place == "end" else parts[::-1])
-        bare, with_reminder = (encode_prompt(p, tokenizer) for p in (refusal.prompt, reminded))
-        count = len(bare) - 1  # an attention sink's state is no other token's to take over
-        if config.at != "prompt":
-            answer: list[int] = tokenizer.encode(refusal.answer, add_special_tokens=False)
-            if config.at == "response":
-                count = len(bare) - template_start(tokenizer, refusal.prompt)
-            bare, with_reminder, count = bare + answer, with_reminder + answer, count + len(answer)
-        rows.append(HarmfulRow(bare, with_reminder, count))
-    return rows
+    return [
+        _row(tokenizer, refusal.prompt, refusal.answer, config, config.reminder)
+        for refusal in refusals[: config.prompts]
+    ]
+
+
+def answered_rows(
+    model: Any, tokenizer: Any, prompts: Sequence[str], config: ReferenceConfig, progress: Progress
+) -> list[TargetRow]:
+    """Benign prompts that the base model answers by the pattern judge, with its own answers.
+
+    There is no reminder in them.
+
+    Raises:
+        MeasurementError: see `safeft.evaluate.generate_greedy`.
+    """
+    answers = generate_greedy(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=40,
+        progress=lambda _, done, total: progress("own answers to borderline prompts", done, total),
+    )
+    return [
+        _row(tokenizer, prompt, answer, config, "")
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if classify_answer(answer) is AnswerClass.complied
+    ]
+
+
+def _row(
+    tokenizer: Any, prompt: str, answer: str, config: ReferenceConfig, reminder: str
+) -> TargetRow:
+    parts = [text for text in (prompt, reminder) if text]
+    reminded = " ".join(parts if config.place == "end" else parts[::-1])
+    bare, with_reminder = (encode_prompt(text, tokenizer) for text in (prompt, reminded))
+    count = len(bare) - 1  # an attention sink's state is no other token's to take over
+    if config.at != "prompt":
+        said: list[int] = tokenizer.encode(answer, add_special_tokens=False)
+        if config.at == "response":
+            count = len(bare) - template_start(tokenizer, prompt)
+        bare, with_reminder, count = bare + said, with_reminder + said, count + len(said)
+    return TargetRow(bare, with_reminder, count)
 
 
 @torch.no_grad()
 def reference_targets(
     reference: Any,
-    rows: Sequence[HarmfulRow],
+    rows: Sequence[TargetRow],
     config: ReferenceConfig,
     *,
     weights: str,

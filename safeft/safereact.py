@@ -77,6 +77,10 @@ class ReferenceConfig:
 
     Args:
         prompts: at most so many of the harmful prompts that the base model refuses.
+        borderline_prompts: at most so many borderline-benign prompts that the base model answers:
+            they go where the base model has them too, so that its own line between harmful and
+            borderline comes back and not refusing alone. 0: none, as in the paper, which retains
+            such prompts where the tuned model has them (`borderline_rows` of a restoration).
         domain_prompts: benign prompts that stand for the domain, where the reference is the base.
         layers: 0-based decoder layers whose outputs are compared; None: the paper's six, at the
             same depths.
@@ -93,6 +97,7 @@ class ReferenceConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     prompts: int = 160
+    borderline_prompts: int = 192
     domain_prompts: int = 160
     layers: tuple[int, ...] | None = None
     domain_share: float = 0.01
@@ -105,6 +110,8 @@ class ReferenceConfig:
         for field in ("prompts", "domain_prompts"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1")
+        if self.borderline_prompts < 0:
+            raise ValueError("borderline_prompts must be at least 0")
         for field in ("domain_share", "safety_share"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} must be in [0, 1]")

@@ -39,7 +39,9 @@ HARMFUL = {p.text for p in load_prompts("harmful")}
 CONFIG = ProfileConfig(
     refusals=RefusalsConfig(prompts=20),
     # Rows of 32 weights: the default shares would choose none.
-    reference=ReferenceConfig(prompts=8, domain_prompts=8, domain_share=0.2, safety_share=0.1),
+    reference=ReferenceConfig(
+        prompts=8, borderline_prompts=4, domain_prompts=8, domain_share=0.2, safety_share=0.1
+    ),
 )
 STEPS = 10
 
@@ -57,7 +59,12 @@ class Speech:
 @pytest.fixture
 def speech(monkeypatch: pytest.MonkeyPatch) -> Speech:
     said = Speech()
-    for module in ("safeft.own_refusals", "safeft.evaluate.refusals", "jobs.restore.prepare"):
+    for module in (
+        "safeft.own_refusals",
+        "safeft.evaluate.refusals",
+        "safeft.reactivation_targets",
+        "jobs.restore.prepare",
+    ):
         monkeypatch.setattr(f"{module}.generate_greedy", said)
     return said
 
@@ -201,7 +208,7 @@ def test_the_profile_parts_are_the_pruned_bases_states_and_nothing_else_needs_th
     profile.verify(["refusals", "reference-mask", "reminder-states"])
     targets = load_targets(profile.path("reminder-states"))
     assert targets.weights == profile.base_weights
-    assert len(targets.rows) == 8 and targets.layers == (0, 1)
+    assert len(targets.rows) == 8 + 4 and targets.layers == (0, 1)
     mask = load_mask(profile.path("reference-mask"))
     assert any(m.any() for m in mask.values())
     before = {p.parent.name: p.stat().st_mtime_ns for p in profile.root.glob("*/part.json")}

@@ -21,7 +21,7 @@ from safeft.errors import ModelError, ProfileError, TrainingError
 from safeft.lora import adapters_off, lora_pairs
 from safeft.own_refusals import OwnRefusal, template_start
 from safeft.reactivation_targets import (
-    HarmfulRow,
+    TargetRow,
     harmful_rows,
     load_targets,
     reference_targets,
@@ -244,7 +244,7 @@ def test_states_that_are_not_finite_are_no_targets_and_stop_a_run() -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
     with pytest.raises(ProfileError, match="not finite"):
-        reference_targets(model, [HarmfulRow([5, 6], [5, 6], 1)], CONFIG, weights="w")
+        reference_targets(model, [TargetRow([5, 6], [5, 6], 1)], CONFIG, weights="w")
     with pytest.raises(TrainingError, match=r"lower restore\.learning_rate"):
         Reactivation(SafeReactConfig(), some_targets()).forward_loss(model, 0)
 

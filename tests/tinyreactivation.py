@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.restore.run import RestoreRun
 from safeft.data import TokenisedRow
-from safeft.reactivation_targets import HarmfulRow, Targets, reference_targets
+from safeft.reactivation_targets import TargetRow, Targets, reference_targets
 from safeft.safereact import ReferenceConfig
 from tests.tiny import tiny_model
 from tests.tinyjob import make_spec
@@ -36,12 +36,12 @@ def retained_rows(count: int = 17) -> list[TokenisedRow]:
     return [TokenisedRow(n, row, row) for n, row in enumerate(token_rows(count, 3), 1)]
 
 
-def some_harmful(count: int = 7) -> list[HarmfulRow]:
+def some_harmful(count: int = 7) -> list[TargetRow]:
     """The reminded prompt is longer; some rows are compared at their end only."""
     draw = random.Random(8)
     reminder = [draw.randint(3, 250) for _ in range(6)]
     return [
-        HarmfulRow(row, row[:2] + reminder + row[2:], draw.randint(1, len(row)))
+        TargetRow(row, row[:2] + reminder + row[2:], draw.randint(1, len(row)))
         for row in token_rows(count, 5)
     ]
 
@@ -97,7 +97,7 @@ def mean_distance(pairs: list[tuple[list[Tensor], list[Tensor]]]) -> Tensor:
 
 
 def oracle(
-    model: Any, plain: Any, pruned: Any, rows: list[list[int]], harmful: list[HarmfulRow], p: float
+    model: Any, plain: Any, pruned: Any, rows: list[list[int]], harmful: list[TargetRow], p: float
 ) -> Tensor:
     """``α·p·mean‖h − h_orig‖ + α·(1−p)·mean‖h_harmful − h_ref‖``, α = 10."""
     with torch.no_grad():

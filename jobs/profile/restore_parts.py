@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
 from safeft.data import encode_prompt
+from safeft.evaluate import JUDGE_VERSION
 from safeft.models import load_model
 from safeft.own_refusals import load_refusals
 from safeft.prompts import load_prompts, spread
-from safeft.reactivation_targets import harmful_rows, reference_targets, save_targets
+from safeft.reactivation_targets import (
+    TargetRow,
+    Targets,
+    answered_rows,
+    harmful_rows,
+    reference_targets,
+    save_targets,
+)
 from safeft.reference import pruning_mask
 from safeft.wanda import load_mask, prune, pruned_share, save_mask
 
@@ -61,18 +70,38 @@ class RestoreParts:
         (out / "report.json").write_text(json.dumps({"pruned_share": pruned_share(mask)}))
 
     def _read_by(self) -> dict[str, Any]:
-        return {"tokenizer": tokenizer_hash(self.tokenizer), **asdict(self.config)}
+        return {
+            "prompt_set": prompt_sets("profile")["borderline"],
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "judge": JUDGE_VERSION,
+            **asdict(self.config),
+        }
 
     def _reminder_states(self, out: Path) -> None:
         reference = load_model(self.context.model_dir)
+        borderline = spread(load_prompts("borderline", "profile"), self.config.borderline_prompts)
+        answered = answered_rows(
+            reference,
+            self.tokenizer,
+            [prompt.text for prompt in borderline],
+            self.config,
+            self.context.progress,
+        )
+        as_it_is = self._targets(reference, answered)
         prune(reference, load_mask(self.profile.path("reference-mask")))
         refusals = load_refusals(self.profile.path("refusals"))
-        targets = reference_targets(
+        pruned = self._targets(reference, harmful_rows(self.tokenizer, refusals, self.config))
+        targets = replace(
+            pruned, rows=pruned.rows + as_it_is.rows, states=pruned.states + as_it_is.states
+        )
+        save_targets(targets, out)
+        (out / CONFIG).write_text(json.dumps(asdict(self.config)))
+
+    def _targets(self, reference: Any, rows: Sequence[TargetRow]) -> Targets:
+        return reference_targets(
             reference,
-            harmful_rows(self.tokenizer, refusals, self.config),
+            rows,
             self.config,
             weights=self.profile.base_weights,
             progress=self.context.progress,
         )
-        save_targets(targets, out)
-        (out / CONFIG).write_text(json.dumps(asdict(self.config)))

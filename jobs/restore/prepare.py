@@ -23,6 +23,7 @@ from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import load_prompts, spread
 from safeft.reactivation_targets import (
+    ANSWER_TOKENS,
     Targets,
     harmful_rows,
     load_targets,
@@ -35,7 +36,6 @@ from safeft.wanda import prune
 
 MODEL, TARGETS = "model", "targets"
 _ROWS, _BOUND = "rows.json", "bound.json"
-_ANSWER_TOKENS = 24
 
 
 def prepare(
@@ -108,12 +108,14 @@ def _check_bound(out: Path, bound: dict[str, Any]) -> None:
 
 def _answered(tuned: Any, tokenizer: Any, count: int, progress: Progress) -> list[TokenisedRow]:
     """Borderline-benign prompts with the tuned model's own answers, where it does answer."""
+    if count == 0:
+        return []
     prompts = [p.text for p in spread(load_prompts("borderline", "profile"), count)]
     answers = generate_greedy(
         tuned,
         tokenizer,
         prompts,
-        max_new_tokens=_ANSWER_TOKENS,
+        max_new_tokens=ANSWER_TOKENS,
         batch_size=40,
         progress=lambda _, done, total: progress("own answers to borderline prompts", done, total),
     )
@@ -156,13 +158,13 @@ def _retained(
 ) -> list[TokenisedRow]:
     """As many rows as all steps take: domain and borderline in turn, each drawn without return."""
     order = random.Random(seed)
-    waiting: list[list[TokenisedRow]] = [[], []]
+    sources = [rows for rows in (domain, borderline) if rows]
+    waiting: list[list[TokenisedRow]] = [[] for _ in sources]
     rows = []
     for number in range(restore.safereact.steps * restore.batch_size):
-        turn = number % 2
+        turn = number % len(sources)
         if not waiting[turn]:
-            source = (domain, borderline)[turn]
-            waiting[turn] = order.sample(source, len(source))
+            waiting[turn] = order.sample(sources[turn], len(sources[turn]))
         rows.append(waiting[turn].pop())
     return rows
 
