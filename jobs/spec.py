@@ -134,11 +134,6 @@ class FinetuneSpec(SpecPart):
                 f"training.batch_size: {batch} rows cannot be shared equally by {workers} "
                 f"workers; use a multiple of {workers}"
             )
-        if (retained := self.restore.batch_size) % workers:
-            raise ValueError(
-                f"restore.batch_size: {retained} rows cannot be shared equally by {workers} "
-                f"workers; use a multiple of {workers}"
-            )
         share, micro = batch // workers, self.training.micro_batch_size
         if micro is not None and micro < share and share % micro:
             raise ValueError(

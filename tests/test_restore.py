@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from cluster.cli.main import app
 from jobs.evaluate import Evaluation
 from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
-from jobs.restore import Restoration
+from jobs.restore import Restoration, restore
 from jobs.restore.prepare import _compared, _retained
 from jobs.restore.result import restoration_gate
 from jobs.restore_spec import RestoreSpec
@@ -312,6 +312,24 @@ def test_two_adapters_of_other_modules_ranks_and_scales_add_up() -> None:
                 expected += part.scale * B @ A
         A, B = both.factors[name]
         torch.testing.assert_close(both.scale * B @ A, expected)
+
+
+def test_rows_that_the_workers_cannot_share_are_refused_before_any_work(spec_file: Path) -> None:
+    spec = load_spec(spec_file)
+    spec = spec.model_copy(
+        update={"distributed": spec.distributed.model_copy(update={"workers": 3})}
+    )
+    profile = SafetyProfile(spec_file.parent, "w")
+    with pytest.raises(SpecError, match=r"restore\.batch_size: 4 rows .* 3 workers"):
+        restore(
+            spec,
+            adapter=spec_file.parent,
+            domain=[TokenisedRow(1, [5, 6], [5, 6])],
+            model_dir=spec_file.parent,
+            profile=profile,
+            output=spec_file.parent / "new",
+        )
+    assert not (spec_file.parent / "new").exists()
 
 
 def test_a_restore_section_with_an_error_names_the_field(spec_file: Path) -> None:

@@ -150,12 +150,19 @@ def restore(
         profile: with the parts `PARTS`.
 
     Raises:
-        SpecError: `output` holds another restoration, or a layer does not exist.
+        SpecError: `output` holds another restoration, a layer does not exist, or the workers cannot
+            share the rows of a step.
         InputError: there is no row.
         ProfileError, TrainingError, ModelError, MeasurementError: the stage that failed.
     """
     if not domain:
         raise InputError(f"{spec.data.train}: no row is left that screening does not find risky")
+    workers = spec.distributed.workers
+    if spec.restore.batch_size % workers:
+        raise SpecError(
+            f"restore.batch_size: {spec.restore.batch_size} rows cannot be shared equally by "
+            f"{workers} workers; use a multiple of {workers}"
+        )
     output = output.absolute()
     bound: dict[str, Any] = {
         "base_weights": profile.base_weights,
