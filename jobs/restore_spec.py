@@ -26,7 +26,7 @@ class RestoreSpec(SpecPart):
     safereact: SafeReactConfig = SafeReactConfig()
     reference: Literal["base", "tuned"] = "base"
     learning_rate: Positive = 1e-3
-    batch_size: Count = 8
+    batch_size: Count = 4
     borderline_rows: Annotated[int, Field(strict=True, ge=0)] = 0
     row_tokens: Annotated[int, Field(strict=True, ge=2)] = 128
     rank: Count = 16

@@ -35,8 +35,8 @@ class SafeReactConfig:
 
     Args:
         alpha: α.
-        steps: T, optimizer steps. The paper's are 400, at a batch of 16.
-        harmful_batch: harmful prompts of a step, over all workers.
+        steps: T, optimizer steps. The paper's are 400.
+        harmful_batch: rows of a step that are brought back, over all workers. The paper's are 16.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -44,8 +44,8 @@ class SafeReactConfig:
 
     kind: Literal["safereact"] = "safereact"
     alpha: float = 10.0
-    steps: int = 400
-    harmful_batch: int = 16
+    steps: int = 60
+    harmful_batch: int = 10
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < float("inf"):
@@ -85,6 +85,7 @@ class ReferenceConfig:
         layers: 0-based decoder layers whose outputs are compared; None: the paper's six, at the
             same depths.
         domain_share, safety_share: p and q of the set difference; shares of each row of a weight.
+            p = 0: the reference is not pruned.
         reminder: inserted into the harmful prompt that the reference reads; empty: none.
         place: where: at the `end` of the user's turn (the official code), or at its `start`.
         at: positions that are compared, counted from the end of both texts. `prompt`: as many as
@@ -104,7 +105,7 @@ class ReferenceConfig:
     safety_share: float = 0.05
     reminder: str = REMINDER
     place: Place = "end"
-    at: ComparedAt = "prompt"
+    at: ComparedAt = "response"
 
     def __post_init__(self) -> None:
         for field in ("prompts", "domain_prompts"):
