@@ -163,7 +163,7 @@ def run_job(
     profile.verify()
     rules = screening_rules(profile, spec.screening.on_risk, policy, spec.screening.policy)
     parts = needed_parts(spec, profile)
-    before = _baseline(profile)
+    before = baseline(profile)
     max_tokens = spec.data.max_tokens
     dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
     held_out = None
@@ -256,7 +256,8 @@ def _judge(
     return result
 
 
-def _baseline(profile: SafetyProfile) -> Evaluation:
+def baseline(profile: SafetyProfile) -> Evaluation:
+    """The base model's own evaluation, from its profile."""
     try:
         return Evaluation.model_validate(profile.json("baseline", "evaluation.json"))
     except ValidationError:

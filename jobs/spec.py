@@ -10,10 +10,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -21,26 +18,14 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from jobs.policy import OnRisk, PolicyLimits
+from jobs.restore_spec import RestoreSpec
+from jobs.spec_fields import Count, NotNegative, Positive, SpecPart, TargetModules
 from jobs.strict_yaml import read_yaml
 from safeft.constraints import ConstraintConfig
 from safeft.errors import SpecError
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
-TargetModules = Annotated[
-    Annotated[Literal["all-linear"], Tag("word")]
-    | Annotated[tuple[Module, ...], Field(min_length=1), Tag("list")],
-    Discriminator(lambda value: "word" if isinstance(value, str) else "list"),
-]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSpec(_Part):
+class DataSpec(SpecPart):
     """Paths are relative to the spec's directory.
 
     `safety_rows`: so many harmful prompts with the base model's own refusals are added to the rows
@@ -53,7 +38,7 @@ class DataSpec(_Part):
     safety_rows: Annotated[int, Field(strict=True, ge=0)] = 0
 
 
-class LoraSpec(_Part):
+class LoraSpec(SpecPart):
     """`target_modules`: endings of module names, or all linear layers but the output head."""
 
     rank: Count = 8
@@ -62,7 +47,7 @@ class LoraSpec(_Part):
     target_modules: TargetModules = ("q_proj", "v_proj")
 
 
-class TrainingSpec(_Part):
+class TrainingSpec(SpecPart):
     """`batch_size` is the number of rows of one optimizer step over all workers.
 
     `micro_batch_size`: at most so many rows at once on each worker; null: all of a worker's share.
@@ -89,7 +74,7 @@ class TrainingSpec(_Part):
     risk_weighting: Literal["none", "downweight", "drop"] = "none"
 
 
-class DistributedSpec(_Part):
+class DistributedSpec(SpecPart):
     """`cpus_per_worker`: null divides a machine's processors among its workers.
 
     `max_failures`: how often a lost worker is replaced before the run fails.
@@ -104,7 +89,7 @@ class DistributedSpec(_Part):
     address: str | None = None
 
 
-class ScreeningSpec(_Part):
+class ScreeningSpec(SpecPart):
     """`on_risk`: what becomes of a dataset with risky rows: reject it; drop those rows and accept
     the rest if it passes by itself; or leave it to a person's review.
 
@@ -122,7 +107,7 @@ class ScreeningSpec(_Part):
     use_gpu: bool = False
 
 
-class FinetuneSpec(_Part):
+class FinetuneSpec(SpecPart):
     """One fine-tuning job. `model` is a source string; if it is a path that starts with a dot, it
     is relative to the spec's directory, and so are `profile` and `output`. Without `profile` the
     base model's safety profile is looked for in the cache.
@@ -139,6 +124,7 @@ class FinetuneSpec(_Part):
     constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...] = ()
     distributed: DistributedSpec = DistributedSpec()
     screening: ScreeningSpec = ScreeningSpec()
+    restore: RestoreSpec = RestoreSpec()
     output: Path
 
     @field_validator("constraints")

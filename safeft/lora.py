@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -73,3 +75,23 @@ def lora_pairs(model: PeftModel) -> dict[str, LoraPair]:
     if not pairs:
         raise ModelError("the model has no LoRA layer; check lora.target_modules")
     return pairs
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """The model without its LoRA adapters for the length of the block.
+
+    They are scaled to 0 rather than disabled: peft's way turns off their gradients, and skips
+    modules, which ZeRO-3 notices as another order of modules.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    scales = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling.update(scale)

@@ -44,7 +44,14 @@ CONSTRAINT_PARTS = (
     "harmful-inputs",
     "autoencoder",
 )
-PARTS = SCREENING_PARTS + CONSTRAINT_PARTS
+#: What `safeft restore` needs besides, and nothing else does.
+RESTORE_PARTS = (
+    "reference-mask",
+    "reminder-states",
+)
+#: Parts that a job may do without.
+OPTIONAL_PARTS = CONSTRAINT_PARTS + RESTORE_PARTS
+PARTS = SCREENING_PARTS + OPTIONAL_PARTS
 #: Made by `benchmarks.drift`, which trains on a dozen datasets; no job needs it.
 DRIFT = "drift"
 DRIFT_FROM = ("safety-direction", "danger-direction", "calibration", "baseline")
@@ -225,7 +232,7 @@ def rebuild(part: str) -> str:
     """What to do about one part that is not as it should be."""
     if part == DRIFT:
         return f"remove it and {HOW}"
-    if part in CONSTRAINT_PARTS:
+    if part in OPTIONAL_PARTS:
         return f"run `safeft profile build --model MODEL --part {part}`"
     return REBUILD
 

@@ -1,8 +1,9 @@
-"""The residual stream after one decoder layer, at the price of the layers up to it; and onwards."""
+"""The residual stream after some decoder layers, at the price of the layers up to the last; and
+onwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +22,22 @@ def residual_after(
     *,
     past_key_values: Any = None,
 ) -> Tensor:
-    """Run a causal language model through its decoder layers 0..layer, and no further.
+    """`residuals_after` one layer."""
+    [found] = residuals_after(
+        model, (layer,), input_ids, attention_mask, past_key_values=past_key_values
+    )
+    return found
+
+
+def residuals_after(
+    model: Any,
+    layers: Sequence[int],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    past_key_values: Any = None,
+) -> list[Tensor]:
+    """Run a causal language model through its decoder layers 0..max(layers), and no further.
 
     The decoder runs as itself, with its list of layers cut short for the time of the call: masks,
     positions, hooks (peft's, DeepSpeed ZeRO-3's) and gradient checkpointing are the model's own.
@@ -29,33 +45,38 @@ def residual_after(
 
     Args:
         model: a transformers causal language model, plain or wrapped by peft.
-        layer: 0-based decoder layer whose output is returned.
+        layers: 0-based decoder layers whose outputs are returned.
         input_ids: (B, T) int64. Rows of different lengths are padded on the right, since the
             decoder numbers positions from the first column on.
         attention_mask: (B, T), 0 on padding, or None: padding on the right is never visible to
             what stands before it.
         past_key_values: a cache of the tokens before `input_ids`, of which only the layers up to
-            `layer` are read; it is extended, as by the model itself.
+            the last are read; it is extended, as by the model itself.
 
     Returns:
-        (B, T, d) in the model's dtype: the layer's output before the final norm, differentiable.
+        For each of `layers` (B, T, d) in the model's dtype: the layer's output before the final
+        norm, differentiable.
 
     Raises:
         ModelError: the model has no such layer, or no list of decoder layers.
     """
     decoder = model.get_decoder()
-    name, layers = decoder_layers(decoder)
-    if not 0 <= layer < len(layers):
-        raise ModelError(f"layer {layer}: the model's decoder layers are 0 to {len(layers) - 1}")
-    captured: list[Tensor] = []
+    name, stack = decoder_layers(decoder)
+    for layer in layers:
+        if not 0 <= layer < len(stack):
+            raise ModelError(f"layer {layer}: the model's decoder layers are 0 to {len(stack) - 1}")
+    captured: dict[int, Tensor] = {}
 
-    def capture(_module: nn.Module, _args: Any, output: Any) -> None:
-        captured.append(output[0] if isinstance(output, tuple) else output)
+    def capture(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            captured[layer] = output[0] if isinstance(output, tuple) else output
 
-    hook = layers[layer].register_forward_hook(capture)
+        return keep
+
+    hooks = [stack[layer].register_forward_hook(capture(layer)) for layer in layers]
     # Same modules, shorter list: nothing is moved or copied, and no parameter changes its name
     # for longer than this call.
-    setattr(decoder, name, nn.ModuleList(layers[: layer + 1]))
+    setattr(decoder, name, nn.ModuleList(stack[: max(layers) + 1]))
     try:
         decoder(
             input_ids=input_ids,
@@ -64,9 +85,10 @@ def residual_after(
             use_cache=past_key_values is not None,
         )
     finally:
-        setattr(decoder, name, layers)
-        hook.remove()
-    return captured[-1]
+        setattr(decoder, name, stack)
+        for hook in hooks:
+            hook.remove()
+    return [captured[layer] for layer in layers]
 
 
 def last_positions_after(

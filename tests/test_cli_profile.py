@@ -13,7 +13,14 @@ from cluster.cli.main import app
 from safeft.constraints.covariance import Covariance, InputSite
 from safeft.constraints.subspaces import POSITIONS, principal_subspace, save_index, save_site
 from safeft.errors import SafeftError
-from safeft.profile import CONSTRAINT_PARTS, PARTS, RECORD, SCREENING_PARTS, SafetyProfile
+from safeft.profile import (
+    CONSTRAINT_PARTS,
+    PARTS,
+    RECORD,
+    RESTORE_PARTS,
+    SCREENING_PARTS,
+    SafetyProfile,
+)
 from tests.test_cli import safeft
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -71,8 +78,8 @@ def test_show_lists_every_part_and_those_that_are_not_built(
     assert done.code == 0
     shown = json.loads(done.stdout)
     assert list(shown["parts"]) == list(PARTS)
-    states = {**dict.fromkeys(PARTS, "built"), "refusals": "not built", "autoencoder": "not built"}
-    assert shown["parts"] == states
+    absent = ("refusals", "autoencoder", *RESTORE_PARTS)
+    assert shown["parts"] == dict.fromkeys(PARTS, "built") | dict.fromkeys(absent, "not built")
     assert shown["complete"]
     assert shown["digest"] == profile.digest()
     assert shown["harmful_inputs"] == {
@@ -85,7 +92,7 @@ def test_show_lists_every_part_and_those_that_are_not_built(
 def test_show_tells_a_person_the_same(profile: SafetyProfile, tiny_dir: Path) -> None:
     done = safeft("profile", "show", "--model", tiny_dir)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("not built") == 2
+    assert done.stdout.count("not built") == 2 + len(RESTORE_PARTS)
     assert "rows are read at: safety adapter × 0.9" in done.stdout
     assert "danger direction: moves the safety score by 1.00 nats a token" in done.stdout
     assert "datasets of 100 rows: misses 5% of poison 12.5 % of the time (3.0-50.0)" in done.stdout

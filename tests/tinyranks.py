@@ -4,7 +4,8 @@
 
 - ``train``: every case to the end; the state after `HALF` steps and the end go to WHERE;
 - ``resume``: every case to the end from the state that another number of ranks left there;
-- ``edit``: a step whose outcome the hooks edit, under every stage and precision.
+- ``edit``: a step whose outcome the hooks edit, under every stage and precision;
+- ``restore``: a restoration under every stage.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from jobs.finetune.model import load_trained_model, trained_layers
 from jobs.finetune.state import load_state, save_state
 from jobs.finetune.worker import _Loop
 from safeft.constraints import ConstraintHooks
+from safeft.constraints.reactivation import Reactivation
 from tests.tinyjob import make_rows, make_spec
+from tests.tinyreactivation import restore_spec, retained_rows, some_targets
 
 HALF = 5  # in mid-epoch
 LORA = {"rank": 4, "alpha": 16}
@@ -81,6 +84,12 @@ class Edit:
 
     def before_backward(self, accumulation_steps: int) -> dict[str, float]:
         return {}
+
+    def retained_layers(self) -> tuple[int, ...]:
+        return ()
+
+    def row_weight(self, step: int) -> float:
+        return 1.0
 
     def after_step(self) -> None:
         pass
@@ -175,6 +184,27 @@ def edit(model_dir: Path, where: Path) -> None:
                     assert torch.equal(copy, master.to(copy.dtype)), (case, name)
 
 
+def restore(model_dir: Path, where: Path) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for stage in STAGES:
+        spec = restore_spec(zero_stage=stage, workers=world)
+        layers = trained_layers(spec, model := load_trained_model(spec, model_dir))
+        hooks = ConstraintHooks([Reactivation(spec.constraints[0], some_targets())], layers)
+        engine = build_engine(spec, model, hooks)
+        table = RowTable(rows_to_table(retained_rows()))
+        loop = _Loop(spec, engine, layers, hooks, table, batch_plan(spec, table), rank)
+        losses = [loop.step(step)["loss"] for step in range(loop.plan.total_steps)]
+        factors = adapter_factors(engine, layers).factors
+        if rank == 0:
+            tensors = {
+                f"{name}.{letter}": factor
+                for name, pair in factors.items()
+                for letter, factor in zip("AB", pair, strict=True)
+            }
+            file = where / f"restore-{stage}-{world}.safetensors"
+            save_file(tensors, file, metadata={"losses": json.dumps(losses)})
+
+
 def main() -> None:
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     model_dir, where = Path(sys.argv[3]), Path(sys.argv[4])
@@ -184,7 +214,7 @@ def main() -> None:
     )
     join_process_group(use_gpu=False)
     for name in sys.argv[5:]:
-        {"train": train, "resume": resume, "edit": edit}[name](model_dir, where)
+        {"train": train, "resume": resume, "edit": edit, "restore": restore}[name](model_dir, where)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -13,7 +13,18 @@ import warnings
 
 import typer
 
-from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, review, screen
+from cluster.cli import (
+    align,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    profile,
+    restore,
+    review,
+    screen,
+)
 from cluster.cli.console import err, printable
 from safeft import __version__
 from safeft.cache import is_disk_full
@@ -37,6 +48,7 @@ app.add_typer(profile.app, name="profile")
 app.command()(screen.screen)
 app.command()(review.review)
 app.command()(finetune.finetune)
+app.command()(restore.restore)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 

@@ -202,7 +202,7 @@ def _profile(model: str, root: Path | None) -> SafetyProfile:
 def _states(profile: SafetyProfile) -> dict[str, str]:
     """For each part "built", what is wrong with it, or, where nothing needs it yet, "not built"."""
     from safeft.errors import ProfileError
-    from safeft.profile import CONSTRAINT_PARTS, PARTS, RECORD
+    from safeft.profile import OPTIONAL_PARTS, PARTS, RECORD
 
     states = {}
     for part in PARTS:
@@ -210,7 +210,7 @@ def _states(profile: SafetyProfile) -> dict[str, str]:
             profile.verify([part])
         except ProfileError as error:
             absent = not (profile.root / part / RECORD).exists()
-            states[part] = NOT_BUILT if absent and part in CONSTRAINT_PARTS else str(error)
+            states[part] = NOT_BUILT if absent and part in OPTIONAL_PARTS else str(error)
         else:
             states[part] = "built"
     return states

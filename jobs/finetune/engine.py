@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jobs.finetune.loss import LabelLoss
 from jobs.finetune.masters import full_shape, is_cut, trained_parameters
+from jobs.finetune.retain import RetainLoss
 from jobs.spec import FinetuneSpec
 from safeft.constraints import ConstraintHooks
 from safeft.lora import LoraPair
@@ -70,8 +71,11 @@ def build_engine(spec: FinetuneSpec, model: nn.Module, hooks: ConstraintHooks) -
         eps=spec.training.adam_eps,
         weight_decay=spec.training.weight_decay,
     )
+    retained = hooks.retained_layers()
     engine, *_ = deepspeed.initialize(
-        model=LabelLoss(model, hooks.forward_loss),
+        model=RetainLoss(model, retained, hooks.forward_loss)
+        if retained
+        else LabelLoss(model, hooks.forward_loss),
         optimizer=optimizer,
         config=deepspeed_config(spec, parameters),
     )

@@ -27,6 +27,7 @@ _UNBOUND: Any = {
     "output": True,
     "data": {"train", "validation"},
     "screening": True,
+    "restore": True,
     # How a step is cut into workers' shares and micro-batches is not what the step is. Weighting
     # is in the hash of the rows: which they are, and what each counts.
     "training": {"checkpoint_every", "keep_checkpoints", "micro_batch_size", "risk_weighting"},

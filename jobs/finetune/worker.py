@@ -153,6 +153,7 @@ class _Loop:
             accumulation_steps=plan.accumulation_steps,
             label_tokens=label_tokens,
         )
+        weight *= self.hooks.row_weight(step)
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         micro_batches = plan.micro_batches(step, self.rank)
         for index, chosen in enumerate(micro_batches):

@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.profile.config import ProfileConfig
 from jobs.profile.constraint_parts import ConstraintParts
 from jobs.profile.part import Context, Part
+from jobs.profile.restore_parts import RestoreParts
 from jobs.profile.sqsd_parts import SqsdParts
 from safeft import __version__
 from safeft.cache import discard_dir, locked, publish_dir
@@ -60,7 +61,11 @@ def build_profile(
         workers,
         import_sae,
     )
-    made = [*SqsdParts(context).parts(), *ConstraintParts(context).parts()]
+    made = [
+        *SqsdParts(context).parts(),
+        *ConstraintParts(context).parts(),
+        *RestoreParts(context).parts(),
+    ]
     wanted = _with_upstream(made, chosen)
     with locked(profile.root):
         _discard_foreign_parts(profile)

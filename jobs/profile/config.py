@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from safeft.fit import FitConfig
 from safeft.sae_config import AutoencoderConfig
+from safeft.safereact import ReferenceConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ProfileConfig:
         calibration: reference rows of each of six classes; half of them set the policy, the
             others measure it.
         refusals, harmful_inputs, autoencoder: the parts of these names.
+        reference: of the parts ``reference-mask`` and ``reminder-states``.
     """
 
     safety: FitConfig = field(
@@ -75,5 +77,6 @@ class ProfileConfig:
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from safeft.constraints.base import ForwardTerm
+from safeft.constraints.draw import draw
 from safeft.errors import ProfileError, TrainingError
 from safeft.stopped_forward import last_positions_after
 
@@ -66,15 +67,8 @@ class ActivationPenalty:
         return ForwardTerm(self._lam * distance, self._lam * moved, metrics)
 
     def drawn(self, step: int) -> list[int]:
-        """Numbers of the prompts of a step: every prompt once before any comes again."""
-        count = len(self._targets.prompts)
-        first = step * self._batch
-        chosen = []
-        for index in range(first, first + self._batch):
-            epoch, place = divmod(index, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
-            chosen.append(int(order[place]))
-        return chosen
+        """Numbers of the prompts of a step."""
+        return draw(step, self._batch, len(self._targets.prompts))
 
     def _latents(self, model: nn.Module, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """The chosen latents now and in the base model: ``(b, positions, m)`` fp32 each."""

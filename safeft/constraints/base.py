@@ -29,11 +29,13 @@ class ProfileFiles:
         alignment: the directory with the alignment directions.
         harmful_inputs: the directory with the harmful-input subspaces.
         autoencoder: the directory with the autoencoder, its latents and their baselines.
+        reactivation: the directory with a restoration's targets; not a part of a profile.
     """
 
     alignment: Path | None = None
     harmful_inputs: Path | None = None
     autoencoder: Path | None = None
+    reactivation: Path | None = None
 
     def part(self, name: str, constraint: str) -> Path:
         """The path of a part, by the part's name in the profile.
@@ -145,6 +147,15 @@ class Constraint(ABC):
             step: the 0-based optimizer step, from which all ranks draw the same batch.
         """
         return None
+
+    def retained_layers(self) -> Sequence[int]:
+        """Decoder layers at which the run's rows are held where the model without its adapter has
+        them, instead of being learned; empty: they are learned."""
+        return ()
+
+    def row_weight(self, step: int) -> float:
+        """What the rows' own loss counts in the 0-based `step`."""
+        return 1.0
 
     def finish_adapter(self, factors: LoraFactors) -> LoraFactors:
         """A change that is made once, to the trained adapter."""

@@ -8,6 +8,7 @@ every ZeRO stage. Projections act on the optimizer's own fp32 slices, right afte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -161,6 +162,13 @@ class ConstraintHooks:
                 self._forward_metrics[f"{constraint.name}/{key}"] = value
             total = term.loss if total is None else total + term.loss
         return total
+
+    def retained_layers(self) -> tuple[int, ...]:
+        """Of all constraints."""
+        return tuple(layer for c in self._constraints for layer in c.retained_layers())
+
+    def row_weight(self, step: int) -> float:
+        return math.prod(c.row_weight(step) for c in self._constraints)
 
     @torch.no_grad()
     def project(self) -> None:

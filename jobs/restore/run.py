@@ -1,0 +1,294 @@
+"""`restore`: from a tuned adapter that slipped to one more adapter that brings refusals back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs.evaluate import evaluate
+from jobs.finetune import Manifest, finetune
+from jobs.finetune.batches import RowTable, rows_to_table
+from jobs.pipeline import TRAINING, baseline, read_dataset, require_screened
+from jobs.policy import screening_rules
+from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
+from jobs.restore.result import Restoration, RestoreResult, restoration_gate
+from jobs.runtime import embedded_ray
+from jobs.screen import screen
+from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, TrainingSpec
+from jobs.verdict import known_score, read_scores
+from safeft.adapters import factors_of, load_factors, save_factors, stacked
+from safeft.cache import locked, publish_dir, sha256_file, write_whole
+from safeft.constraints import ProfileFiles
+from safeft.data import TokenisedRow
+from safeft.errors import InputError, ModelError, SpecError
+from safeft.models import adapter_hash, load_adapter, load_model, resolve, weights_hash
+from safeft.models.directory import is_whole_model
+from safeft.profile import SafetyProfile
+from safeft.progress import Progress, silent
+from safeft.reactivation_targets import load_targets
+from safeft.safereact import SafeReactConfig
+from safeft.screen_policy import is_risky
+from safeft.stopped_forward import decoder_layers
+from safeft.weights import decoder_linears
+
+PARTS = ("refusals", "reference-mask", "reminder-states")
+CANDIDATE, PUBLISHED, RESULT = "candidate", "restored", "restore.json"
+ADAPTER, STACKED, MANIFEST = "adapter", "stacked", "manifest.json"
+_PREPARED = "prepared"
+
+
+class RestoreRun(FinetuneSpec):
+    """The training inside a restoration: no task, but SafeReAct."""
+
+    constraints: tuple[SafeReactConfig, ...]  # type: ignore[assignment]
+
+
+def restore_job(
+    spec: FinetuneSpec,
+    progress: Progress = silent,
+    *,
+    adapter: Path | None = None,
+    output: Path | None = None,
+) -> RestoreResult:
+    """Restore what a fine-tuning job made, and measure it. What `safeft restore` runs.
+
+    Args:
+        spec: the job's own spec: its model, data and section ``restore`` count.
+        adapter: the tenant's adapter; None: the job's candidate.
+        output: where the restoration goes; None: ``restoration`` in the job's output.
+
+    Raises:
+        InputError: there is no such adapter, or it is a whole model; no row is left.
+        ProfileError: the base model's safety profile lacks something; it says what makes it.
+        TrainingError, ModelError, MeasurementError: the stage that failed.
+    """
+    adapter = adapter or spec.output / TRAINING / "adapter"
+    output = output or spec.output / "restoration"
+    if is_whole_model(adapter):
+        raise InputError(
+            f"{adapter} is a whole model; restorations stack on LoRA adapters: tune with lora"
+        )
+    if not adapter.is_dir():
+        raise InputError(f"{adapter}: there is no adapter; run the job first or give --adapter")
+    model_dir = resolve(spec.model, progress)
+    profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
+    profile.verify()
+    profile.verify(PARTS)
+    base = baseline(profile)
+    max_tokens = spec.data.max_tokens
+    held_out = None
+    if spec.data.validation:
+        held_out = read_dataset(spec.data.validation, model_dir, max_tokens, progress).rows
+    dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
+    rules = screening_rules(profile, spec.screening.on_risk, None, spec.screening.policy)
+    with embedded_ray(spec.distributed.address):
+        verdict, where = screen(
+            dataset.path,
+            model_dir=model_dir,
+            profile=profile,
+            max_tokens=max_tokens,
+            rules=rules,
+            progress=progress,
+        )
+        require_screened(dataset, verdict)
+        risky = [is_risky(known_score(one), verdict.policy) for one in read_scores(where)]
+        manifest = restore(
+            spec,
+            adapter=adapter,
+            domain=[r for r, bad in zip(dataset.tokenised, risky, strict=True) if not bad],
+            model_dir=model_dir,
+            profile=profile,
+            output=output,
+            progress=progress,
+        )
+    measured = [
+        evaluate(
+            model_dir,
+            weights,
+            held_out=held_out,
+            max_tokens=max_tokens,
+            output=output / name,
+            progress=progress,
+        )
+        for weights, name in (
+            (adapter, "before.json"),
+            (output / CANDIDATE / STACKED, "after.json"),
+        )
+    ]
+    gate = restoration_gate(base, *measured)
+    if gate.passed and not (output / PUBLISHED).exists():
+        with publish_dir(output / PUBLISHED) as staging:
+            shutil.copytree(output / CANDIDATE, staging, dirs_exist_ok=True)
+    result = RestoreResult(
+        name=spec.name,
+        status="restored" if gate.passed else "gate_failed",
+        candidate=str(output / CANDIDATE),
+        published=str(output / PUBLISHED) if gate.passed else None,
+        manifest=manifest,
+        base=base,
+        tuned=measured[0],
+        after=measured[1],
+        gate=gate,
+    )
+    write_whole(output / RESULT, result.model_dump_json(indent=1))
+    return result
+
+
+def restore(
+    spec: FinetuneSpec,
+    *,
+    adapter: Path,
+    domain: Sequence[TokenisedRow],
+    model_dir: Path,
+    profile: SafetyProfile,
+    output: Path,
+    progress: Progress = silent,
+) -> Restoration:
+    """Train a restoration and leave it in ``<output>/candidate``, unmeasured.
+
+    One that was interrupted goes on when it is started again; a finished one is returned at once.
+
+    Args:
+        domain: rows of the tenant's data whose representations are to stay; no risky ones.
+        profile: with the parts `PARTS`.
+
+    Raises:
+        SpecError: `output` holds another restoration, a layer does not exist, or the workers cannot
+            share the rows of a step.
+        InputError: there is no row.
+        ProfileError, TrainingError, ModelError, MeasurementError: the stage that failed.
+    """
+    if not domain:
+        raise InputError(f"{spec.data.train}: no row is left that screening does not find risky")
+    workers = spec.distributed.workers
+    if spec.restore.batch_size % workers:
+        raise SpecError(
+            f"restore.batch_size: {spec.restore.batch_size} rows cannot be shared equally by "
+            f"{workers} workers; use a multiple of {workers}"
+        )
+    output = output.absolute()
+    bound: dict[str, Any] = {
+        "base_weights": profile.base_weights,
+        "tenant_adapter": adapter_hash(adapter),
+        "rows": RowTable(rows_to_table(domain)).sha256(),
+        "profile": {part: profile.part_digest(part) for part in PARTS},
+        "settings": spec.restore.model_dump(mode="json"),
+        "seed": spec.training.seed,
+    }
+    with locked(output / "restore", progress):
+        if (finished := _finished(output / CANDIDATE, bound)) is not None:
+            return finished
+        prepare(
+            spec,
+            adapter=adapter,
+            domain=domain,
+            model_dir=model_dir,
+            profile=profile,
+            bound=bound,
+            out=output / _PREPARED,
+            progress=progress,
+        )
+        tuned_dir = output / _PREPARED / MODEL
+        run = _training(spec, tuned_dir, load_targets(output / _PREPARED / TARGETS).layers)
+        trained = finetune(
+            run,
+            rows=prepared_rows(output / _PREPARED),
+            model_dir=tuned_dir,
+            profile=ProfileFiles(reactivation=output / _PREPARED / TARGETS),
+            output=output / TRAINING,
+            progress=progress,
+        )
+        manifest = _publish(spec, bound, adapter, model_dir, trained.weights, output / CANDIDATE)
+        shutil.rmtree(output / _PREPARED)  # it holds a copy of the whole model
+        return manifest
+
+
+def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> RestoreRun:
+    """The run that trains the adapter. Layers after the last compared one would learn nothing."""
+    model = load_model(tuned_dir)
+    layers = decoder_layers(model.get_decoder())[1]
+    chosen = spec.restore.layers_to_transform
+    if chosen is None:
+        chosen = tuple(range(max(compared) + 1))
+    if not chosen or max(chosen) > max(compared):
+        raise SpecError(
+            f"restore.layers_to_transform: must be among 0 to {max(compared)}, the last layer "
+            "whose output is compared"
+        )
+    inside = {id(m) for number in chosen for m in layers[number].modules()}
+    names = [name for name, module in decoder_linears(model).items() if id(module) in inside]
+    restore = spec.restore
+    return RestoreRun(
+        name=spec.name,
+        model=spec.model,
+        data=DataSpec(train=spec.data.train),
+        lora=LoraSpec(rank=restore.rank, alpha=restore.alpha, target_modules=tuple(names)),
+        training=TrainingSpec(
+            epochs=1,
+            batch_size=restore.batch_size,
+            learning_rate=restore.learning_rate,
+            schedule="constant",
+            adam_eps=spec.training.adam_eps,
+            seed=spec.training.seed,
+            precision=spec.training.precision,
+            gradient_checkpointing=spec.training.gradient_checkpointing,
+            checkpoint_every=spec.training.checkpoint_every,
+        ),
+        constraints=(restore.safereact,),
+        distributed=spec.distributed,
+        output=spec.output,
+    )
+
+
+def _finished(candidate: Path, bound: dict[str, Any]) -> Restoration | None:
+    if not candidate.exists():
+        return None
+    path = candidate / MANIFEST
+    try:
+        manifest = Restoration.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise SpecError(f"output: {path} is no restoration; choose another output") from None
+    if odd := [key for key in sorted(bound) if manifest.bound.get(key) != bound[key]]:
+        raise SpecError(
+            f"output: {candidate.parent} holds a restoration of another {odd[0]}; choose another "
+            "output"
+        )
+    return manifest
+
+
+def _publish(
+    spec: FinetuneSpec,
+    bound: dict[str, Any],
+    adapter: Path,
+    model_dir: Path,
+    weights: Path,
+    out: Path,
+) -> Restoration:
+    """Both forms of the result and the manifest, whole or not at all."""
+    training = Manifest.model_validate_json((weights / MANIFEST).read_bytes())
+    if adapter_hash(adapter) != bound["tenant_adapter"]:
+        raise ModelError(f"{adapter} changed while it was restored; run it again")
+    # Loaded onto the model, so that whatever scales it is in the factors.
+    tenant = factors_of(load_adapter(load_model(model_dir), adapter))
+    with publish_dir(out) as staging:
+        for name in (ADAPTER, STACKED):
+            (staging / name).mkdir()
+        for file in training.files:
+            shutil.copyfile(weights / file, staging / ADAPTER / file)
+        save_factors(stacked(tenant, load_factors(weights)), staging / STACKED)
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        manifest = Restoration(
+            name=spec.name,
+            model=spec.model,
+            bound=bound,
+            adapter=adapter_hash(staging / ADAPTER),
+            stacked=adapter_hash(staging / STACKED),
+            training=training,
+            files={str(p.relative_to(staging)): sha256_file(p) for p in files},
+        )
+        (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    return manifest

@@ -1,0 +1,23 @@
+"""What the fields of a job spec are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
+TargetModules = Annotated[
+    Annotated[Literal["all-linear"], Tag("word")]
+    | Annotated[tuple[Module, ...], Field(min_length=1), Tag("list")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "list"),
+]
+
+
+class SpecPart(BaseModel):
+    """A section: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
