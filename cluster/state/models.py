@@ -121,6 +121,7 @@ class Job(TenantOwned, Base):
     __table_args__ = (
         Index(None, "tenant_id", "created_at", "id"),
         Index(None, "phase", "not_before"),
+        Index(None, "tenant_id", "phase"),
     )
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     created_at: Mapped[float]

@@ -29,7 +29,7 @@ def _narrow(state: ORMExecuteState) -> None:
     assert isinstance(session, TenantSession)
     mappers = state.all_mappers
     if not state.is_orm_statement or not mappers:
-        raise PermissionError("a tenant's session takes ORM statements only")
+        raise PermissionError("a tenant's session takes ORM statements with entities only")
     for mapper in mappers:
         if not issubclass(mapper.class_, (TenantOwned, Tenant)):
             raise PermissionError(f"{mapper.class_.__name__} rows belong to no tenant")

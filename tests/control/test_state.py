@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import delete, inspect, select, text, update
+from sqlalchemy import delete, func, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
 
@@ -74,6 +74,9 @@ def test_a_tenants_session_finds_nothing_of_another(database: Database) -> None:
         assert session.execute(select(aliased(File).id)).all() == [("file-a",)]
         joined = select(File.id, Job.id).join(Job, Job.training_file != File.id)
         assert session.execute(joined).all() == []
+        with_a_job = select(File.id).where(select(Job.id).where(Job.events == 0).exists())
+        assert session.execute(with_a_job).all() == []
+        assert session.scalars(select(func.count(Job.id))).one() == 0
         assert session.scalars(select(Tenant.id)).all() == [a]
         session.execute(update(File).values(filename="mine"))
         session.execute(delete(Job))

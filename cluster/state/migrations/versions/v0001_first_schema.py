@@ -145,6 +145,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
     )
     op.create_index(op.f("ix_jobs_phase_not_before"), "jobs", ["phase", "not_before"], unique=False)
+    op.create_index(op.f("ix_jobs_tenant_id_phase"), "jobs", ["tenant_id", "phase"], unique=False)
     op.create_index(
         op.f("ix_jobs_tenant_id_created_at_id"),
         "jobs",
@@ -219,6 +220,7 @@ def downgrade() -> None:
     op.drop_table("models")
     op.drop_table("job_events")
     op.drop_index(op.f("ix_jobs_tenant_id_created_at_id"), table_name="jobs")
+    op.drop_index(op.f("ix_jobs_tenant_id_phase"), table_name="jobs")
     op.drop_index(op.f("ix_jobs_phase_not_before"), table_name="jobs")
     op.drop_table("jobs")
     op.drop_index(op.f("ix_idempotent_answers_created_at"), table_name="idempotent_answers")
