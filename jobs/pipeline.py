@@ -158,6 +158,24 @@ def run_job(
         DatasetRejected: screening rejected the data and the spec overrides nothing.
         TrainingError, ModelError, MeasurementError: the stage that failed.
     """
+    return _judge(spec, train_job(spec, progress, screening=screening), progress)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained job that has not been judged."""
+
+    verdict: Verdict
+    tuned: FinetuneResult
+    model_dir: Path
+    before: Evaluation
+    held_out: Sequence[Row] | None
+
+
+def train_job(
+    spec: FinetuneSpec, progress: Progress = silent, *, screening: Path | None = None
+) -> Trained:
+    """The first half of `run_job`, which finds it done when it is called afterwards."""
     model_dir = resolve(spec.model, progress)
     profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
     profile.verify()
@@ -185,7 +203,7 @@ def run_job(
             output=spec.output / TRAINING,
             progress=progress,
         )
-    return _judge(spec, verdict, tuned, model_dir, before, held_out, progress)
+    return Trained(verdict, tuned, model_dir, before, held_out)
 
 
 def _safety_rows(count: int, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:
@@ -207,19 +225,12 @@ def _safety_rows(count: int, profile: SafetyProfile, model_dir: Path) -> list[To
     return [refusal_row(tokenizer, refusal) for refusal in refusals[:count]]
 
 
-def _judge(
-    spec: FinetuneSpec,
-    verdict: Verdict,
-    tuned: FinetuneResult,
-    model_dir: Path,
-    before: Evaluation,
-    held_out: Sequence[Row] | None,
-    progress: Progress,
-) -> JobResult:
+def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResult:
+    verdict, tuned, before = trained.verdict, trained.tuned, trained.before
     after = evaluate(
-        model_dir,
+        trained.model_dir,
         tuned.weights,
-        held_out=held_out,
+        held_out=trained.held_out,
         max_tokens=spec.data.max_tokens,
         output=spec.output / "evaluation.json",
         progress=progress,

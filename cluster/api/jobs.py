@@ -52,6 +52,9 @@ def create(
         for param in ("training_file", "validation_file"):
             _require_file(session, param, getattr(body, param))
         quotas.check_submit(session)
+        most, workers = services.settings.compute_slots, body.method.supervised.workers
+        if workers > most:
+            raise invalid(f"workers: at most {most} train together here", "method")
         policy = Policy.model_validate(session.scalars(select(Tenant.policy)).one())
         kept = accepted(body, policy, offer)
         job = Job(

@@ -51,7 +51,8 @@ class Tenant(Base):
 
     Attributes:
         weight: share of the fleet relative to the other tenants' weights.
-        consumed: slots admitted so far divided by the weight; the least is admitted next.
+        intake_time, compute_time: virtual times of fair queueing: see
+            `cluster.controller.fair_share`.
         max_gpu_seconds: training and evaluation in all; None: no limit.
     """
 
@@ -62,7 +63,8 @@ class Tenant(Base):
     created_at: Mapped[float]
     suspended_at: Mapped[float | None]
     weight: Mapped[float]
-    consumed: Mapped[float]
+    intake_time: Mapped[float]
+    compute_time: Mapped[float]
     max_running_jobs: Mapped[int]
     max_open_jobs: Mapped[int]
     max_storage_bytes: Mapped[int]
@@ -151,7 +153,12 @@ class Job(TenantOwned, Base):
 
 
 class Stage(TenantOwned, Base):
-    """One stage actor: asked for, and what became of it. What a tenant's usage is counted from."""
+    """One attempt at a stage, and what became of it. What a tenant's usage is counted from.
+
+    Attributes:
+        asked_at: when its actor was asked for: at most once for each attempt.
+        seen: how many of the actor's events have become the job's.
+    """
 
     __tablename__ = "stages"
     __table_args__ = (Index(None, "tenant_id", "started_at"),)
@@ -160,6 +167,8 @@ class Stage(TenantOwned, Base):
     stage: Mapped[str] = mapped_column(String(16))
     slots: Mapped[int]
     started_at: Mapped[float]
+    asked_at: Mapped[float | None]
+    seen: Mapped[int]
     ended_at: Mapped[float | None]
     outcome: Mapped[str | None] = mapped_column(String(16))
 
@@ -224,7 +233,10 @@ class AuditEntry(Base):
 
 
 class Lock(Base):
-    """A row to hold for the length of a transaction: "audit" and "admission"."""
+    """A row to hold for the length of a transaction: "audit", and "intake" and "compute", whose
+    `value` is the virtual time of that queue.
+    """
 
     __tablename__ = "locks"
     name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    value: Mapped[float]

@@ -76,7 +76,8 @@ def create_tenant(
         id=new_id("ten"),
         name=name,
         created_at=now,
-        consumed=0.0,
+        intake_time=0.0,
+        compute_time=0.0,
         policy=(policy or Policy()).model_dump(mode="json"),
         **(limits or Limits()).model_dump(),
     )

@@ -251,9 +251,9 @@ def test_worker_seconds_are_counted_and_limited(database: Database) -> None:
         session.execute(
             text(
                 "INSERT INTO stages (tenant_id, job_id, attempt, stage, slots, started_at, "
-                "ended_at) VALUES ('ten_a', 'a', 1, 'training', 4, 10, 30), "
-                "('ten_a', 'a', 2, 'screening', 1, 0, 1000), "
-                "('ten_a', 'a', 3, 'evaluating', 1, 30, NULL)"
+                "ended_at, seen) VALUES ('ten_a', 'a', 1, 'training', 4, 10, 30, 0), "
+                "('ten_a', 'a', 2, 'screening', 1, 0, 1000, 0), "
+                "('ten_a', 'a', 3, 'evaluating', 1, 30, NULL, 0)"
             )
         )
     with database.tenant(tenant) as mine:

@@ -41,6 +41,7 @@ def upgrade() -> None:
     op.create_table(
         "locks",
         sa.Column("name", sa.String(length=32), nullable=False),
+        sa.Column("value", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_locks")),
     )
     op.create_table(
@@ -50,7 +51,8 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("suspended_at", sa.Double(), nullable=True),
         sa.Column("weight", sa.Double(), nullable=False),
-        sa.Column("consumed", sa.Double(), nullable=False),
+        sa.Column("intake_time", sa.Double(), nullable=False),
+        sa.Column("compute_time", sa.Double(), nullable=False),
         sa.Column("max_running_jobs", sa.BigInteger(), nullable=False),
         sa.Column("max_open_jobs", sa.BigInteger(), nullable=False),
         sa.Column("max_storage_bytes", sa.BigInteger(), nullable=False),
@@ -193,6 +195,8 @@ def upgrade() -> None:
         sa.Column("stage", sa.String(length=16), nullable=False),
         sa.Column("slots", sa.BigInteger(), nullable=False),
         sa.Column("started_at", sa.Double(), nullable=False),
+        sa.Column("asked_at", sa.Double(), nullable=True),
+        sa.Column("seen", sa.BigInteger(), nullable=False),
         sa.Column("ended_at", sa.Double(), nullable=True),
         sa.Column("outcome", sa.String(length=16), nullable=True),
         sa.Column("tenant_id", sa.String(length=64), nullable=False),
@@ -203,8 +207,9 @@ def upgrade() -> None:
     op.create_index(
         op.f("ix_stages_tenant_id_started_at"), "stages", ["tenant_id", "started_at"], unique=False
     )
-    locks = sa.table("locks", sa.column("name"))
-    op.bulk_insert(locks, [{"name": "audit"}, {"name": "admission"}])
+    locks = sa.table("locks", sa.column("name"), sa.column("value"))
+    names = ("audit", "intake", "compute")
+    op.bulk_insert(locks, [{"name": name, "value": 0.0} for name in names])
     if op.get_bind().dialect.name == "sqlite":
         for what in ("UPDATE", "DELETE"):
             op.execute(_REFUSE_SQLITE.format(what=what))
