@@ -13,7 +13,20 @@ import warnings
 
 import typer
 
-from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, screen
+from cluster.cli import (
+    admin,
+    align,
+    chat,
+    control,
+    demo,
+    doctor,
+    evaluate,
+    finetune,
+    jobs,
+    models,
+    profile,
+    screen,
+)
 from cluster.cli.console import err, printable
 from safeft import __version__
 from safeft.cache import is_disk_full
@@ -38,6 +51,17 @@ app.command()(screen.screen)
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
+for command in (jobs.submit, jobs.jobs, jobs.logs, jobs.cancel, jobs.pause, jobs.resume):
+    app.command()(command)
+app.command()(jobs.report)
+app.add_typer(models.app, name="models")
+app.add_typer(admin.tenants, name="tenants")
+app.add_typer(admin.keys, name="keys")
+app.add_typer(admin.policy, name="policy")
+app.add_typer(admin.audit, name="audit")
+app.command()(control.api)
+app.command()(control.controller)
+app.add_typer(control.database, name="database")
 
 
 def _version(asked: bool) -> None:

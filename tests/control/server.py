@@ -60,16 +60,17 @@ class Api:
 
 @contextlib.contextmanager
 def running_api(database: Database, home: Path, **options: Any) -> Iterator[Api]:
-    settings = Settings(
+    settings = options.pop("settings", None) or Settings(
         home=home,
         base_models={"tiny": BaseModelOffer(source=str(home / "tiny"), max_tokens=256)},
         max_upload_bytes=options.pop("max_upload_bytes", 30 << 20),
+        compute_slots=2,
     )
     services = Services(
         settings=settings,
         database=database,
-        store=open_store(options.pop("artifacts", f"file://{home}/artifacts")),
-        public_key=SigningKey.load_or_create(home / "signing.pem").public,
+        store=open_store(settings.artifacts_url),
+        public_key=SigningKey.load_or_create(settings.signing_key).public,
         event_poll_s=0.02,
         **options,
     )

@@ -1,0 +1,46 @@
+"""``safeft models``: published models, and whether they are what was published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli.console import print_json
+
+app = typer.Typer(help="Published models.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models() -> None:
+    """Base models and your own, as the API lists them."""
+    from cluster.cli.remote import Remote
+
+    print_json(Remote.from_environment().get("/v1/models")["data"])
+
+
+@app.command()
+def delete(model: Annotated[str, typer.Argument(help="ft:...")]) -> None:
+    """Delete a published model and its weights."""
+    from cluster.cli.remote import Remote, segment
+
+    print_json(Remote.from_environment().delete(f"/v1/models/{segment(model)}"))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A published model's files.")],
+    public_key: Annotated[
+        Path, typer.Option(help="PEM of the publisher's key, from a source you trust.")
+    ],
+) -> None:
+    """Check signature, manifest and every file. Exit code 1: it is not what was published."""
+    from cluster.provenance import PublicKey, verify_model
+    from safeft.errors import InputError
+
+    try:
+        pem = public_key.read_bytes()
+    except OSError as error:
+        raise InputError(f"{public_key}: cannot be read ({error.strerror})") from error
+    print_json(verify_model(directory, [PublicKey.from_pem(pem)]).model_dump(mode="json"))
