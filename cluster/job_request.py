@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from safeft.constraints import ConstraintConfig
 
@@ -15,7 +15,7 @@ KINDS: tuple[str, ...] = tuple(
 )
 _CONSTRAINT: TypeAdapter[Any] = TypeAdapter(Constraint)
 MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
+MetadataValue = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
 class _Part(BaseModel):
@@ -109,4 +109,10 @@ def as_config(entry: str | dict[str, Any]) -> Any:
     content = {"kind": entry} if isinstance(entry, str) else entry
     if content.get("kind") not in KINDS:
         raise ValueError(f"constraints: no kind {content.get('kind')!r}; choose from {KINDS}")
-    return _CONSTRAINT.validate_python(content)
+    try:
+        return _CONSTRAINT.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"constraints.{field}: {message}") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +13,7 @@ from cluster.api.services import Services
 from safeft import __version__
 
 _MAX_JSON_BYTES = 256 * 1024
+_BODY_S = 30.0
 _UPLOADS = "/v1/files"  # bounds its body itself
 
 
@@ -49,12 +52,18 @@ class _BoundedBody:
         if scope["type"] != "http" or scope["path"] == _UPLOADS:
             await self._app(scope, receive, send)
             return
-        size = 0
+        size, whole = 0, False
 
         async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, whole
+            if whole:  # what comes now is the end of the connection: that may take its time
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), _BODY_S)
+            except TimeoutError:
+                raise HTTPException(408, f"No more of the body came for {_BODY_S:g} s") from None
             size += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if size > _MAX_JSON_BYTES:
                 raise HTTPException(413, f"The body has more than {_MAX_JSON_BYTES} bytes")
             return message

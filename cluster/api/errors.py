@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
 from cluster.artifacts import ArtifactMissing, ArtifactTooLarge, ArtifactUnavailable
@@ -18,6 +19,7 @@ from safeft.errors import InputError, SafeftError
 log = logging.getLogger(__name__)
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
 _RETRY_S = "5"
+_FIELD = re.compile(r"([A-Za-z_.0-9]+): ")
 
 
 class ApiError(Exception):
@@ -81,7 +83,10 @@ def _told(error: Exception) -> ApiError:
     if isinstance(error, ArtifactMissing):
         return ApiError(404, str(error), code="not_found")
     if isinstance(error, InputError):
-        return invalid(str(error), str(error).partition(":")[0])
+        named = _FIELD.match(str(error))
+        return invalid(str(error), named[1] if named else None)
+    if isinstance(error, DataError):  # such as a NUL, which PostgreSQL has no place for
+        return invalid("The request holds a value that cannot be looked up or stored")
     if isinstance(error, (ArtifactUnavailable, DBAPIError)):
         log.error("unavailable: %s", type(error).__name__)
         return ApiError(

@@ -77,6 +77,33 @@ def add(
     print_json(_remote().post(f"{_ADMIN}/tenants", body))
 
 
+@tenants.command("set")
+def set_limits(
+    name: TenantName,
+    reason: Reason,
+    weight: Annotated[float | None, typer.Option(min=0.001)] = None,
+    max_running_jobs: Annotated[int | None, typer.Option(min=0)] = None,
+    max_open_jobs: Annotated[int | None, typer.Option(min=0)] = None,
+    max_storage_bytes: Annotated[int | None, typer.Option(min=0)] = None,
+    max_gpu_seconds: Annotated[float | None, typer.Option(min=0)] = None,
+    requests_per_second: Annotated[float | None, typer.Option(min=0.001)] = None,
+) -> None:
+    """Change the limits that are given; the others stay."""
+    given = {
+        "weight": weight,
+        "max_running_jobs": max_running_jobs,
+        "max_open_jobs": max_open_jobs,
+        "max_storage_bytes": max_storage_bytes,
+        "max_gpu_seconds": max_gpu_seconds,
+        "requests_per_second": requests_per_second,
+    }
+    remote = _remote()
+    found = _tenant(remote, name)
+    limits = {k: found[k] if value is None else value for k, value in given.items()}
+    body = {"reason": reason, "limits": limits}
+    print_json(remote.post(f"{_ADMIN}/tenants/{found['id']}", body))
+
+
 @tenants.command()
 def suspend(name: TenantName, reason: Reason) -> None:
     """Refuse a tenant's keys, and start none of its jobs."""

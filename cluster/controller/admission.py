@@ -53,6 +53,12 @@ def admit_waiting(session: Session, queue: Queue, capacity: int, now: float) -> 
     return admitted
 
 
+def somebody_waits(session: Session, queue: Queue) -> bool:
+    """Whether there is anything to admit; a look that takes no lock."""
+    first = select(Job.id).where(Job.phase == _WAIT[queue]).limit(1)
+    return session.scalars(first).first() is not None
+
+
 def _waiting(session: Session, queue: Queue) -> list[Waiting]:
     estimate = Job.facts["validating"]["estimated_tokens"].as_float()
     rows = session.execute(

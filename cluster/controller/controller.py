@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from cluster.artifacts import ArtifactStore
 from cluster.controller import sweep
-from cluster.controller.admission import Queue, admit_waiting
+from cluster.controller.admission import Queue, admit_waiting, somebody_waits
 from cluster.controller.apply import Applied, Rules, apply
 from cluster.controller.claims import ClaimLost, Claims
 from cluster.controller.phases import STAGES
@@ -88,6 +88,9 @@ class Controller:
             except DBAPIError as error:
                 pause = min(5.0, 2 * pause)
                 log.warning("the database does not answer (%s)", type(error.orig).__name__)
+            except Exception:
+                pause = min(5.0, 2 * pause)
+                log.exception("a round failed; the next one comes")
             stop.wait(pause)
         self.settle()
         self._pool.shutdown()
@@ -117,6 +120,10 @@ class Controller:
             "compute": self._settings.compute_slots,
         }
         for queue, slots in rooms.items():
+            with self._database.system_read() as session:
+                idle = not somebody_waits(session, queue)
+            if idle:
+                continue
             with self._database.system() as session:
                 admit_waiting(session, queue, slots, self._clock())
 

@@ -39,7 +39,7 @@ def task_of(session: Session, job: Job, settings: Settings) -> StageTask:
         validation_file=validation,
         policy=Policy.model_validate(tenant.policy),
         facts=job.facts,
-        settings=settings,
+        settings=settings.model_copy(update={"database": None}),  # a stage gets no password
     )
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from cluster.controller.phases import FINAL
 from cluster.state import TenantSession
 from cluster.state.models import File, Job, Stage, Tenant
 from safeft.errors import SafeftError
 
-FINISHED = ("succeeded", "failed", "cancelled")
 METERED = ("training", "evaluating", "restoring")
 
 
@@ -24,7 +24,7 @@ class QuotaExceeded(SafeftError):
 def check_submit(session: TenantSession) -> None:
     """Raise QuotaExceeded unless one more job may be submitted. Locks the tenant's row."""
     tenant = _locked(session)
-    unfinished = select(func.count(Job.id)).where(Job.phase.not_in(FINISHED))
+    unfinished = select(func.count(Job.id)).where(Job.phase.not_in(FINAL))
     if session.scalars(unfinished).one() >= tenant.max_open_jobs:
         raise QuotaExceeded(
             f"max_open_jobs: {tenant.max_open_jobs} jobs are open; wait for one or cancel it"

@@ -369,6 +369,27 @@ def test_wrong_requests_are_told_the_parameter(
     assert client.fine_tuning.jobs.list().data == []
 
 
+def test_values_that_no_database_holds_are_wrong_requests(api: Api) -> None:
+    client = api.tenant("ten_a")
+    for path in (
+        "/v1/files/%00",
+        "/v1/fine_tuning/jobs/a%00b",
+        "/v1/models/%00",
+        "/v1/files?after=%00",
+    ):
+        assert raw(api, "GET", path, client.api_key).status_code in (400, 404), path
+    with pytest.raises(openai.BadRequestError):
+        submit(client, training_file="file-\x00")
+    with pytest.raises(openai.BadRequestError):
+        submit(client, metadata={"a": "\x00"})
+
+
+def test_a_constraints_wrong_setting_is_named(lite: Api) -> None:
+    wrong = {"type": "supervised", "supervised": {"constraints": [{"kind": "l2", "lam": "much"}]}}
+    with pytest.raises(openai.BadRequestError, match=r"constraints\.l2\.lam: Input should be"):
+        submit(lite.tenant("ten_a"), method=wrong)
+
+
 def test_a_policy_gives_the_constraints_and_may_require_some(lite: Api) -> None:
     client = lite.tenant(
         "ten_a", policy={"constraints": ["asft", "l2"], "required_constraints": ["asft"]}

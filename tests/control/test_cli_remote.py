@@ -195,6 +195,9 @@ def test_administration_from_the_first_key_to_the_verified_log(
     policy = json.loads(run("policy", "show", "acme"))
     assert policy["min_refusal"] == 0.9 and policy["required_constraints"] == ["asft"]
     assert policy["constraints"] == ["cwac", "asft"]
+    run("tenants", "set", "acme", "--max-open-jobs", "7", "--reason", "ticket 3b")
+    limits = json.loads(run("tenants", "list", "--json"))[0]
+    assert (limits["name"], limits["weight"], limits["max_open_jobs"]) == ("acme", 2.0, 7)
     run("tenants", "suspend", "acme", "--reason", "ticket 4")
     assert "suspended" in run("tenants", "list")
     run("tenants", "restore", "acme", "--reason", "ticket 5")
@@ -202,9 +205,10 @@ def test_administration_from_the_first_key_to_the_verified_log(
     with pytest.raises(InputError, match="no tenant nobody"):
         run("policy", "show", "nobody")
     found = json.loads(run("audit", "verify"))
-    assert found["entries"] == 8
+    assert found["entries"] == 9
     log = json.loads(run("audit", "show"))
-    assert [entry["reason"] for entry in log][-6:] == [f"ticket {n}" for n in range(1, 7)]
+    tickets = ["1", "2", "3", "3b", "4", "5", "6"]
+    assert [entry["reason"] for entry in log][-7:] == [f"ticket {n}" for n in tickets]
     assert json.loads(run("audit", "verify", "--head", log[3]["sha256"])) == found
     with api.database.system() as session:  # somebody with the database's password
         session.execute(text("DROP TRIGGER audit_no_UPDATE"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -49,11 +50,13 @@ def refusing_tiny(directory: Path) -> Path:
     save_tiny(directory)
     model, tokenizer = load_model(directory), load_tokenizer(directory)
     answer = [*tokenizer.encode(REFUSAL, add_special_tokens=False), tokenizer.eos_token_id]
-    questions = [f"how do i {word}?" for word in ("bake", "sing", "run far", "mend a hat")]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    draw = random.Random(0)
     model.train()
-    for step in range(120):
-        prompt = encode_prompt(questions[step % len(questions)], tokenizer)
+    for _ in range(400):
+        length = draw.randint(5, 160)
+        question = "".join(draw.choices("etaoin shrdlu ETAWH.,?'-0", k=length))
+        prompt = encode_prompt(question, tokenizer)
         ids = torch.tensor([[*prompt, *answer]])
         labels = ids.clone()
         labels[:, : len(prompt)] = -100
