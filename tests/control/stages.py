@@ -42,6 +42,7 @@ class MemoryRunner:
         self.script: dict[str, Report | None] = {}  # by stage, or by the actor's name
         self.down = False
         self.on_start: Callable[[StageTask], None] = lambda task: None
+        self.on_poll: Callable[[str], None] = lambda name: None
 
     def start(self, task: StageTask) -> None:
         self._check()
@@ -52,6 +53,7 @@ class MemoryRunner:
 
     def poll(self, name: str, seen: int) -> Report | None:
         self._check()
+        self.on_poll(name)
         if name not in self.tasks:
             return None
         job, stage, _ = name.split(":")

@@ -21,6 +21,7 @@ from sqlalchemy import select
 
 from cluster.controller.phases import FINAL, WAITING, after
 from cluster.events import add_event
+from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
 from cluster.state.models import ApiKey, AuditEntry, File, Job, PublishedModel, Tenant
 from cluster.tenancy.audit import entries, verify
@@ -600,6 +601,30 @@ def test_a_database_that_is_gone_is_503_and_comes_back(lite: Api) -> None:
     path.rmdir()
     hidden.rename(path)
     assert client.files.list().data == []
+
+
+def test_files_are_kept_in_s3_and_an_s3_that_fails_is_503(
+    sqlite_url: str, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(sqlite_url)
+    settings = Settings(
+        home=tmp_path / "home",
+        artifacts=f"s3://{bucket}/plane",
+        base_models={"tiny": BaseModelOffer(source="tiny")},
+    )
+    with running_api(database, tmp_path, settings=settings) as api:
+        client = api.tenant("ten_a")
+        content = bytes(range(256)) * 40_000  # two parts
+        file = client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+        assert client.files.content(file.id).read() == content
+        assert list(api.services.store.keys("")) == [f"tenants/ten_a/files/{file.id}"]
+        client.files.delete(file.id)
+        monkeypatch.setattr(api.services.store, "bucket", "no-such-bucket")
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+        assert caught.value.status_code == 503
+        assert client.files.list().data == []
+    database.close()
 
 
 def test_a_file_that_a_job_needs_is_not_deleted(lite: Api) -> None:

@@ -189,6 +189,21 @@ def test_a_cancelled_stage_is_stopped_whatever_it_has_to_say(lite: World, stage:
     assert lite.job().phase == "cancelled" and lite.job().model_id is None
 
 
+def test_a_cancellation_wins_over_a_model_that_was_just_stored(world: World) -> None:
+    world.add_job()
+
+    def cancel(name: str) -> None:
+        if ":publishing:" in name:
+            world.change(wish="cancel")
+
+    world.runner.on_poll = cancel
+    world.round(4)
+    job = world.job()
+    assert (job.phase, job.model_id) == ("cancelled", None)
+    with world.database.system_read() as session:
+        assert session.scalars(select(PublishedModel)).all() == []
+
+
 @pytest.mark.parametrize("stage", WAY)
 def test_a_paused_stage_gives_its_room_back_and_goes_on_later(lite: World, stage: str) -> None:
     lite.add_job()
@@ -208,7 +223,7 @@ def test_a_paused_stage_gives_its_room_back_and_goes_on_later(lite: World, stage
 
 
 def test_a_controller_that_was_away_too_long_changes_nothing(world: World) -> None:
-    """It holds an expired claim while another one finishes the job: what it brings is dropped."""
+    """It holds an expired claim while another one moves the job on: what it brings is dropped."""
     world.add_job()
     other = world.make()
     away, back = threading.Event(), threading.Event()
@@ -219,6 +234,7 @@ def test_a_controller_that_was_away_too_long_changes_nothing(world: World) -> No
         assert back.wait(20)
 
     world.runner.on_start = hang
+    world.runner.script["training"] = Report("running")
     world.now += 1
     world.controller.tick()
     assert away.wait(20)
@@ -227,16 +243,21 @@ def test_a_controller_that_was_away_too_long_changes_nothing(world: World) -> No
         world.now += 2
         other.tick()
         other.settle()
-    done = world.job()
-    assert done.phase == "succeeded"
-    before = stages(world)
+    before, done = world.job(), stages(world)
+    assert before.phase == "training"
     back.set()
-    world.controller.settle()
-    assert stages(world) == before
+    world.controller.settle()  # it brings a validation that is done
     after = world.job()
-    assert (after.phase, after.events, after.attempt) == (done.phase, done.events, done.attempt)
+    assert stages(world) == done
+    assert (after.phase, after.events, after.attempt) == ("training", before.events, before.attempt)
     sweep.stop_orphans(world.database, world.runner)
-    assert world.runner.names() == set()  # what it started late is gone
+    assert world.runner.names() == {f"ftjob-1:training:{after.attempt}"}
+    del world.runner.script["training"]
+    for _ in range(3):
+        world.now += 2
+        other.tick()
+        other.settle()
+    assert world.job().phase == "succeeded"
 
 
 def test_a_heartbeat_keeps_a_long_claim(lite: World) -> None:
