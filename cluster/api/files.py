@@ -19,6 +19,7 @@ from cluster.api.paging import After, Order, listed, page
 from cluster.api.services import Services, With
 from cluster.api.upload import Form, receive
 from cluster.artifacts import ArtifactWriter, Stored
+from cluster.artifacts.names import file_key
 from cluster.controller.phases import FINAL
 from cluster.state import TenantSession
 from cluster.state.ids import new_id
@@ -82,7 +83,7 @@ async def upload(
 
 def _announce(services: Services, caller: Caller, file_id: str) -> tuple[str, int]:
     """A row before the first byte, so that what a killed server leaves in the store is known."""
-    key = f"tenants/{caller.tenant_id}/files/{file_id}"
+    key = file_key(caller.tenant_id, file_id)
     with services.database.tenant(caller.tenant_id) as session:
         room = quotas.storage_left(session)
         if room == 0:

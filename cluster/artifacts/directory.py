@@ -60,7 +60,9 @@ class DirectoryStore:
             self._path(key).unlink(missing_ok=True)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        found = (path for path in self._objects.rglob("*") if path.is_file())
+        directory = prefix.rpartition("/")[0]
+        start = self._path(directory) if directory else self._objects
+        found = (path for path in start.rglob("*") if path.is_file())
         names = (path.relative_to(self._objects).as_posix() for path in found)
         yield from sorted(name for name in names if name.startswith(prefix))
 

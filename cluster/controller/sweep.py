@@ -9,11 +9,12 @@ from pathlib import Path
 from sqlalchemy import delete, select
 
 from cluster.artifacts import ArtifactError, ArtifactStore
+from cluster.artifacts.names import model_prefix
 from cluster.controller.phases import FINAL, STAGES
 from cluster.controller.runner import RunnerUnavailable, StageRunner, actor_name
 from cluster.settings import Settings
 from cluster.state import Database
-from cluster.state.models import File, IdempotentAnswer, Job, PublishedModel
+from cluster.state.models import File, IdempotentAnswer, Job, PublishedModel, Stage
 
 log = logging.getLogger(__name__)
 UPLOAD_S = 24 * 3600.0
@@ -76,13 +77,24 @@ def remove_uploads(database: Database, store: ArtifactStore, now: float) -> None
 
 
 def remove_deleted(database: Database, store: ArtifactStore, now: float) -> None:
-    """Remove what was deleted lately, where the server was killed before it did."""
+    """Remove the artifacts of what was deleted, or came to nothing, in the last two days."""
     since = now - 2 * UPLOAD_S
     with database.system_read() as session:
         keys = list(session.scalars(select(File.key).where(File.deleted_at > since)))
         prefixes = session.scalars(
             select(PublishedModel.prefix).where(PublishedModel.deleted_at > since)
         )
-        keys += [key for prefix in prefixes for key in store.keys(f"{prefix}/")]
+        # And what a stage stored of a model that then was not published after all.
+        unpublished = session.execute(
+            select(Job.tenant_id, Job.id)
+            .join(Stage, Stage.job_id == Job.id)
+            .where(
+                Stage.stage == "publishing",
+                Job.phase.in_(("failed", "cancelled")),
+                Job.finished_at > since,
+            )
+        )
+        gone = [*prefixes, *(model_prefix(*row) for row in unpublished)]
+    keys += [key for prefix in gone for key in store.keys(f"{prefix}/")]
     for key in keys:
         store.delete(key)

@@ -19,6 +19,7 @@ from cluster.artifacts import (
     open_store,
     put_file,
 )
+from cluster.artifacts.names import model_prefix
 from cluster.controller.gate import policy_gate
 from cluster.controller.runner import Report, StageTask
 from cluster.job_spec import finetune_spec
@@ -219,7 +220,7 @@ def _publish(job: _Job) -> Report:
         write_whole(partial / PROVENANCE, signed.model_dump_json())
         partial.rename(staged)
     signed = Signed.model_validate_json((staged / PROVENANCE).read_bytes())
-    prefix = f"tenants/{task.tenant}/models/{task.job}"
+    prefix = model_prefix(task.tenant, task.job)
     for path in sorted(staged.iterdir()):
         job.progress(f"storing {path.name}", 0, None)
         put_file(job.store, f"{prefix}/{path.name}", path)

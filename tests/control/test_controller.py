@@ -202,6 +202,11 @@ def test_a_cancellation_wins_over_a_model_that_was_just_stored(world: World) -> 
     assert (job.phase, job.model_id) == ("cancelled", None)
     with world.database.system_read() as session:
         assert session.scalars(select(PublishedModel)).all() == []
+    for name in ("tenants/ten_a/models/ftjob-1/a", "tenants/ten_a/models/ftjob-2/a"):
+        with world.store.writer(name) as writer:
+            writer.commit()
+    sweep.sweep(world.settings, world.database, world.store, world.runner, world.now)
+    assert list(world.store.keys("")) == ["tenants/ten_a/models/ftjob-2/a"]
 
 
 @pytest.mark.parametrize("stage", WAY)
