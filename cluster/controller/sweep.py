@@ -87,6 +87,7 @@ def remove_deleted(database: Database, store: ArtifactStore, now: float) -> None
         # And what a stage stored of a model that then was not published after all.
         unpublished = session.execute(
             select(Job.tenant_id, Job.id)
+            .distinct()
             .join(Stage, Stage.job_id == Job.id)
             .where(
                 Stage.stage == "publishing",
