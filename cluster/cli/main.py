@@ -23,7 +23,6 @@ from cluster.cli import (
     evaluate,
     finetune,
     jobs,
-    models,
     profile,
     screen,
 )
@@ -54,7 +53,7 @@ app.command()(chat.chat)
 for command in (jobs.submit, jobs.jobs, jobs.logs, jobs.cancel, jobs.pause, jobs.resume):
     app.command()(command)
 app.command()(jobs.report)
-app.add_typer(models.app, name="models")
+app.add_typer(published.app, name="models")
 app.add_typer(admin.tenants, name="tenants")
 app.add_typer(admin.keys, name="keys")
 app.add_typer(admin.policy, name="policy")

@@ -58,10 +58,6 @@ class Remote:
         """The answer's JSON. Raises ApiProblem for all but success, as all methods here do."""
         return self._request("GET", path, params=query).json()
 
-    def delete(self, path: str) -> Any:
-        """Delete something."""
-        return self._request("DELETE", path).json()
-
     def post(self, path: str, content: dict[str, Any] | None = None, **query: Any) -> Any:
         """Do something, once, however often the connection breaks."""
         headers = {"Idempotency-Key": uuid.uuid4().hex}

@@ -1,4 +1,4 @@
-"""``safeft models``: published models, and whether they are what was published."""
+"""``safeft models verify``: is this what was published?"""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ import typer
 from cluster.cli.console import print_json
 
 app = typer.Typer(help="Published models.", no_args_is_help=True)
-
-
-@app.command("list")
-def list_models() -> None:
-    """Base models and your own, as the API lists them."""
-    from cluster.cli.remote import Remote
-
-    print_json(Remote.from_environment().get("/v1/models")["data"])
-
-
-@app.command()
-def delete(model: Annotated[str, typer.Argument(help="ft:...")]) -> None:
-    """Delete a published model and its weights."""
-    from cluster.cli.remote import Remote, segment
-
-    print_json(Remote.from_environment().delete(f"/v1/models/{segment(model)}"))
 
 
 @app.command()
