@@ -24,6 +24,7 @@ from cluster.cli import (
     finetune,
     jobs,
     profile,
+    published,
     screen,
 )
 from cluster.cli.console import err, printable
