@@ -41,40 +41,37 @@ from safeft.models import resolve
 from safeft.progress import Progress
 
 _SHOWN_ROWS = 100
+_LONGEST = 2000
+#: What a second attempt would not change: the error, its code, and the parameter to blame.
+_REFUSED: tuple[tuple[type[SafeftError], str, str], ...] = (
+    (ArtifactMissing, "file_missing", "training_file"),
+    (DatasetRejected, "dataset_rejected", "training_file"),
+    (ProfileError, "no_safety_profile", "model"),
+    (SpecError, "invalid_request", "method"),
+    (InputError, "invalid_training_file", "training_file"),
+)
 
 
 def perform(task: StageTask, progress: Progress) -> Report:
     """Do the task's stage; whatever goes wrong is in the report."""
     try:
-        job = _Job(task, progress)
-        return WORK[task.stage](job)
-    except ArtifactUnavailable as error:
-        return Report("unavailable", code="unavailable", message=_line(error))
-    except ArtifactMissing as error:
-        return _refused("file_missing", error, "training_file")
-    except DatasetRejected as error:
-        return _refused("dataset_rejected", error, "training_file")
-    except ProfileError as error:
-        return _refused("no_safety_profile", error, "model")
-    except ModelError as error:  # the operator's, or the network's: not the tenant's data
-        return Report("fault", code="model", message=_line(error))
-    except SpecError as error:
-        return _refused("invalid_request", error, "method")
-    except InputError as error:
-        return _refused("invalid_training_file", error, "training_file")
+        return WORK[task.stage](_Job(task, progress))
     except Exception as error:  # noqa: BLE001  (reported; the controller decides)
-        if is_disk_full(error):  # waited for: somebody will make room
-            return Report("unavailable", code="unavailable", message="the disk is full")
-        return Report("fault", code=type(error).__name__, message=_line(error))
+        # A tenant reads this: where the working directory lies is none of its business.
+        text = str(error).replace(f"{task.settings.work / task.job}/", "")
+        return _failed(error, text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
 
 
-def _refused(code: str, error: SafeftError, param: str) -> Report:
-    return Report("refused", code=code, message=_line(error), param=param)
-
-
-def _line(error: object) -> str:
-    text = str(error)
-    return text if len(text) <= 2000 else text[:2000] + " ..."
+def _failed(error: Exception, message: str) -> Report:
+    if isinstance(error, ArtifactUnavailable):
+        return Report("unavailable", code="unavailable", message=message)
+    if is_disk_full(error):  # waited for: somebody will make room
+        return Report("unavailable", code="unavailable", message="the disk is full")
+    if not isinstance(error, ModelError):  # that is the operator's, or the network's
+        for kind, code, param in _REFUSED:
+            if isinstance(error, kind):
+                return Report("refused", code=code, message=message, param=param)
+    return Report("fault", code=type(error).__name__, message=message)
 
 
 class _Job:
