@@ -124,15 +124,16 @@ def test_the_whole_story_over_a_killed_controller(
         jobs = client.fine_tuning.jobs
         good = jobs.create(model="tiny", training_file=file.id, method=method, suffix="mine")
         poisoned = jobs.create(model="strict", training_file=file.id, method=method)
+        log = tmp_path / "controller.log"
         controller = start_controller(tmp_path, ray_address)
         try:
-            _await(lambda: jobs.retrieve(good.id).phase == "training", controller)
-            _await(lambda: "training" in _events(client, good.id), controller)
+            _await(lambda: jobs.retrieve(good.id).phase == "training", controller, log)
+            _await(lambda: "training workers" in _events(client, good.id), controller, log)
             controller.kill()
             controller.wait()
             controller = start_controller(tmp_path, ray_address)
-            _await(lambda: jobs.retrieve(good.id).finished_at is not None, controller)
-            _await(lambda: jobs.retrieve(poisoned.id).finished_at is not None, controller)
+            _await(lambda: jobs.retrieve(good.id).finished_at is not None, controller, log)
+            _await(lambda: jobs.retrieve(poisoned.id).finished_at is not None, controller, log)
         finally:
             controller.kill()
             controller.wait()
@@ -180,7 +181,8 @@ def start_controller(tmp_path: Path, address: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.control.controllers", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Ray asks for its token; who names a cluster's address has to say so.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token"},
         stdout=log,
         stderr=log,
     )
@@ -188,9 +190,9 @@ def start_controller(tmp_path: Path, address: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def _await(met: Any, controller: subprocess.Popen[bytes]) -> None:
+def _await(met: Any, controller: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 240
     while not met():
-        assert controller.poll() is None, "the controller ended"
-        assert time.monotonic() < deadline
+        assert controller.poll() is None, f"the controller ended: {log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
