@@ -114,13 +114,15 @@ def _validate(job: _Job) -> Report:
     if spec.data.validation is not None:
         read_dataset(spec.data.validation, model_dir, spec.data.max_tokens, job.progress)
     tokens = sum(len(row.input_ids) for row in train.tokenised)
+    estimate = tokens * spec.training.epochs
+    job.progress(f"{len(train.rows)} rows, {tokens} tokens: about {estimate} to train on", 0, None)
     return Report(
         "done",
         facts={
             "rows": len(train.rows),
             "dataset_sha256": train.sha256,
             "tokens": tokens,
-            "estimated_tokens": tokens * spec.training.epochs,
+            "estimated_tokens": estimate,
         },
     )
 
