@@ -158,6 +158,30 @@ def run_job(
         DatasetUnderReview: screening left the data to a reviewer, who has not decided.
         TrainingError, ModelError, MeasurementError: the stage that failed.
     """
+    trained = train_job(spec, progress, screening=screening, policy=policy)
+    return _judge(spec, trained, progress)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained job that has not been judged."""
+
+    verdict: Verdict
+    review: Decision | None
+    tuned: FinetuneResult
+    model_dir: Path
+    before: Evaluation
+    held_out: Sequence[Row] | None
+
+
+def train_job(
+    spec: FinetuneSpec,
+    progress: Progress = silent,
+    *,
+    screening: Path | None = None,
+    policy: PolicyFile | None = None,
+) -> Trained:
+    """The first half of `run_job`, which finds it done when it is called afterwards."""
     model_dir = resolve(spec.model, progress)
     profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
     profile.verify()
@@ -196,7 +220,7 @@ def run_job(
             output=spec.output / TRAINING,
             progress=progress,
         )
-    return _judge(spec, verdict, review, tuned, model_dir, before, held_out, progress)
+    return Trained(verdict, review, tuned, model_dir, before, held_out)
 
 
 def require_screened(dataset: Dataset, verdict: Verdict) -> None:
@@ -212,20 +236,13 @@ def require_screened(dataset: Dataset, verdict: Verdict) -> None:
         )
 
 
-def _judge(
-    spec: FinetuneSpec,
-    verdict: Verdict,
-    review: Decision | None,
-    tuned: FinetuneResult,
-    model_dir: Path,
-    before: Evaluation,
-    held_out: Sequence[Row] | None,
-    progress: Progress,
-) -> JobResult:
+def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResult:
+    verdict, review = trained.verdict, trained.review
+    tuned, before = trained.tuned, trained.before
     after = evaluate(
-        model_dir,
+        trained.model_dir,
         tuned.weights,
-        held_out=held_out,
+        held_out=trained.held_out,
         max_tokens=spec.data.max_tokens,
         output=spec.output / "evaluation.json",
         progress=progress,

@@ -14,13 +14,17 @@ import warnings
 import typer
 
 from cluster.cli import (
+    admin,
     align,
     chat,
+    control,
     demo,
     doctor,
     evaluate,
     finetune,
+    jobs,
     profile,
+    published,
     restore,
     review,
     screen,
@@ -51,6 +55,17 @@ app.command()(finetune.finetune)
 app.command()(restore.restore)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
+for command in (jobs.submit, jobs.jobs, jobs.logs, jobs.cancel, jobs.pause, jobs.resume):
+    app.command()(command)
+app.command()(jobs.report)
+app.add_typer(published.app, name="models")
+app.add_typer(admin.tenants, name="tenants")
+app.add_typer(admin.keys, name="keys")
+app.add_typer(admin.policy, name="policy")
+app.add_typer(admin.audit, name="audit")
+app.command()(control.api)
+app.command()(control.controller)
+app.add_typer(control.database, name="database")
 
 
 def _version(asked: bool) -> None:

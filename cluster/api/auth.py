@@ -1,0 +1,77 @@
+"""Who calls, what their key allows, and how often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import Depends
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from cluster.api.errors import ApiError
+from cluster.api.services import Services, With
+from cluster.tenancy.keys import Caller, Scope, authenticate
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `sf-...`")
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+def known_caller(services: Services, credentials: HTTPAuthorizationCredentials | None) -> Caller:
+    """The caller.
+
+    Raises:
+        ApiError: 401, whatever is wrong with the key.
+    """
+    shown = credentials.credentials if credentials else ""
+    caller = authenticate(services.database, shown, services.clock())
+    if caller is None:
+        raise ApiError(
+            401,
+            "Incorrect API key provided; send `Authorization: Bearer sf-...` with a valid one",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return caller
+
+
+def _limited(services: With, credentials: Credentials) -> Caller:
+    caller = known_caller(services, credentials)
+    wait = services.rates.wait_s(caller.tenant_id, caller.requests_per_second)
+    if wait > 0:
+        raise ApiError(
+            429,
+            f"More than {caller.requests_per_second:g} requests a second; slow down",
+            code="rate_limit_exceeded",
+            kind="rate_limit_error",
+            headers={"Retry-After": str(math.ceil(wait))},
+        )
+    return caller
+
+
+AnyCaller = Annotated[Caller, Depends(_limited)]
+
+
+def _with(scope: Scope) -> Callable[[Caller], Caller]:
+    def check(caller: AnyCaller) -> Caller:
+        if not caller.may(scope):
+            raise ApiError(403, f"This key lacks the scope {scope}", code="missing_scope")
+        return caller
+
+    return check
+
+
+def _administrator(caller: AnyCaller) -> Caller:
+    if caller.role != "admin":
+        raise ApiError(403, "Only an administrator's key may do this", code="not_an_administrator")
+    return caller
+
+
+FilesReader = Annotated[Caller, Depends(_with("files:read"))]
+FilesWriter = Annotated[Caller, Depends(_with("files:write"))]
+JobsReader = Annotated[Caller, Depends(_with("jobs:read"))]
+JobsWriter = Annotated[Caller, Depends(_with("jobs:write"))]
+ModelsReader = Annotated[Caller, Depends(_with("models:read"))]
+ModelsWriter = Annotated[Caller, Depends(_with("models:write"))]
+SafetyReader = Annotated[Caller, Depends(_with("safety:read"))]
+Administrator = Annotated[Caller, Depends(_administrator)]

@@ -1,0 +1,123 @@
+"""`Idempotency-Key`: what a POST does, and its answer, are written in one transaction.
+
+So a repeated request finds either both or neither, whenever the server was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Header, Request
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from cluster.api.errors import ApiError
+from cluster.state.models import IdempotentAnswer
+from cluster.tenancy.keys import Caller
+
+S = TypeVar("S", bound=Session)
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="The same key and body get the same answer, and nothing is done twice.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Repeatable:
+    """A POST that may come again. `fingerprint` tells two requests with one key apart."""
+
+    key: str | None
+    fingerprint: str
+
+
+async def _json_request(request: Request, key: Key = None) -> Repeatable:
+    return Repeatable(key, fingerprint(request, await request.body()))
+
+
+JsonPost = Annotated[Repeatable, Depends(_json_request)]
+
+
+def fingerprint(request: Request, *content: bytes) -> str:
+    """SHA-256 over the method, the path and the content."""
+    found = hashlib.sha256(f"{request.method} {request.url.path}\n".encode())
+    for part in content:
+        found.update(hashlib.sha256(part).digest())
+    return found.hexdigest()
+
+
+class _Taken(Exception):
+    """Another request with this key was faster."""
+
+
+def once(
+    transaction: Callable[[], AbstractContextManager[S]],
+    caller: Caller,
+    request: Repeatable,
+    now: float,
+    effect: Callable[[S], dict[str, Any]],
+    kept: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
+) -> tuple[dict[str, Any], bool]:
+    """Run `effect` in a transaction unless this request was answered before.
+
+    Args:
+        kept: what of the answer is remembered, where not all of it may be.
+
+    Returns:
+        The answer, and whether it was given now.
+
+    Raises:
+        ApiError: 409, the key came with another request before.
+    """
+    if request.key is None:
+        with transaction() as session:
+            return effect(session), True
+    try:
+        return _attempt(transaction, caller, request, now, effect, kept)
+    except _Taken:
+        return _attempt(transaction, caller, request, now, effect, kept)
+
+
+def _attempt(
+    transaction: Callable[[], AbstractContextManager[S]],
+    caller: Caller,
+    request: Repeatable,
+    now: float,
+    effect: Callable[[S], dict[str, Any]],
+    kept: Callable[[dict[str, Any]], dict[str, Any]],
+) -> tuple[dict[str, Any], bool]:
+    assert request.key is not None
+    with transaction() as session:
+        earlier = session.get(IdempotentAnswer, (caller.tenant_id, request.key))
+        if earlier is not None:
+            if earlier.request_sha256 != request.fingerprint:
+                raise ApiError(
+                    409,
+                    "This Idempotency-Key came with another request before; use a new key",
+                    code="idempotency_key_reused",
+                    param="Idempotency-Key",
+                )
+            return earlier.answer, False
+        row = IdempotentAnswer(
+            tenant_id=caller.tenant_id,
+            key=request.key,
+            request_sha256=request.fingerprint,
+            answer={},
+            created_at=now,
+        )
+        session.add(row)
+        try:
+            session.flush()  # waits for a request with this key that is under way
+        except IntegrityError:
+            raise _Taken from None
+        answer = effect(session)
+        row.answer = kept(answer)
+        return answer, True

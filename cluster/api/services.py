@@ -1,0 +1,54 @@
+"""What the routes need, made once and handed to each of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from cluster.artifacts import ArtifactStore, open_store
+from cluster.provenance import PublicKey, SigningKey
+from cluster.settings import Settings
+from cluster.state import Database
+from cluster.tenancy.quotas import RateLimiter
+
+
+@dataclass(frozen=True)
+class Services:
+    """State, store and settings of one control plane."""
+
+    settings: Settings
+    database: Database
+    store: ArtifactStore
+    public_key: PublicKey
+    clock: Callable[[], float] = time.time
+    rates: RateLimiter = field(default_factory=RateLimiter)
+    event_poll_s: float = 0.5
+    upload_idle_s: float = 60.0
+
+    @classmethod
+    def open(cls, settings: Settings) -> Services:
+        """Bring the database to this version's schema and open everything.
+
+        Raises:
+            SafeftError: something is not there; the message says what.
+        """
+        database = Database(settings.database_url)
+        database.migrate()
+        return cls(
+            settings=settings,
+            database=database,
+            store=open_store(settings.artifacts_url),
+            public_key=SigningKey.load_or_create(settings.signing_key).public,
+        )
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+With = Annotated[Services, Depends(_services)]

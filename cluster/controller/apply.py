@@ -1,0 +1,126 @@
+"""What a stage's report does to its job: in one transaction, for whoever holds the claim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from sqlalchemy.orm import Session
+
+from cluster.controller.phases import FINAL, STAGES
+from cluster.controller.runner import Report
+from cluster.controller.transitions import (
+    close_attempt,
+    fail,
+    keep_facts,
+    leave,
+    new_attempt,
+)
+from cluster.events import add_event
+from cluster.state.models import Job, PublishedModel, Stage
+
+_LOST = Report("fault", code="lost", message="the stage's process was lost")
+_LONGEST_BACKOFF_S = 60.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What to do when things go wrong.
+
+    Attributes:
+        max_faults: of the machinery, one after the other in one stage, until the job fails.
+        backoff_s: before the second attempt; doubled before each one after it.
+        restores: whether a failed gate leads to restoration or to the end.
+    """
+
+    max_faults: int = 4
+    backoff_s: float = 1.0
+    restores: bool = False
+
+
+class Applied(Enum):
+    """What the job does now."""
+
+    RUNNING = "its stage goes on"
+    NEXT = "another stage is due at once"
+    WAITS = "nothing for now: it waits for room, or for another attempt"
+    ENDED = "nothing any more"
+
+
+def apply(session: Session, job: Job, report: Report | None, rules: Rules, now: float) -> Applied:
+    """Apply the report on the current attempt; None: its actor is gone."""
+    report = report or _LOST
+    stage = session.get_one(Stage, (job.id, job.attempt))
+    stage.seen += len(report.events)
+    for event in report.events:
+        add_event(session, job, event.message, now=now, data=event.data)
+    if report.outcome == "running":
+        return Applied.RUNNING
+    if report.outcome in ("fault", "unavailable"):
+        return _again(session, job, report, rules, now)
+    if report.facts:
+        keep_facts(job, job.phase, report.facts)
+    if report.outcome == "below_gate" and rules.restores and "restoring" not in job.facts:
+        keep_facts(job, "before_restoring", report.facts)
+        leave(session, job, "below_gate", now)
+    elif report.outcome == "done":
+        if job.phase == "publishing":
+            _publish(session, job, now)
+        leave(session, job, "done", now)
+    else:
+        fail(
+            session,
+            job,
+            "refused",
+            now,
+            code=report.code,
+            message=report.message,
+            param=report.param,
+        )
+    if job.phase in FINAL:
+        return Applied.ENDED
+    return Applied.NEXT if job.phase in STAGES else Applied.WAITS
+
+
+def _again(session: Session, job: Job, report: Report, rules: Rules, now: float) -> Applied:
+    """Another attempt after a while; what is only not to be had now is not held against the job."""
+    if report.outcome == "fault":
+        job.faults += 1
+    if job.faults > rules.max_faults:
+        message = f"{job.phase} failed {job.faults} times, last: {report.message}"
+        fail(session, job, "exhausted", now, code="internal_error", message=message)
+        return Applied.ENDED
+    tried = job.faults if report.outcome == "fault" else 3
+    wait_s = min(_LONGEST_BACKOFF_S, rules.backoff_s * 2 ** max(0, tried - 1))
+    add_event(
+        session,
+        job,
+        f"{job.phase} did not finish ({report.message}); trying again in {wait_s:g} s",
+        now=now,
+        level="warn",
+        data={"code": report.code, "attempt": job.attempt},
+    )
+    close_attempt(session, job, report.outcome, now)
+    new_attempt(session, job, now)
+    job.not_before = now + wait_s
+    return Applied.WAITS
+
+
+def _publish(session: Session, job: Job, now: float) -> None:
+    """The model appears together with the job's success."""
+    facts = job.facts["publishing"]
+    job.model_id = facts["model"]
+    session.add(
+        PublishedModel(
+            id=facts["model"],
+            tenant_id=job.tenant_id,
+            job_id=job.id,
+            base_model=job.base_model,
+            kind=facts["kind"],
+            state="probing",
+            prefix=facts["prefix"],
+            provenance=facts["provenance"],
+            created_at=now,
+        )
+    )
+    add_event(session, job, f"New fine-tuned model created: {facts['model']}", now=now)

@@ -1,0 +1,99 @@
+"""What the controller asks of whatever runs the stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster.settings import Settings
+from cluster.tenancy.tenants import Policy
+from safeft.errors import SafeftError
+
+ReportOutcome = Literal["running", "done", "refused", "below_gate", "fault", "unavailable"]
+
+
+class RunnerUnavailable(SafeftError):
+    """Whatever runs the stages does not answer; the stages may be running all the same."""
+
+
+class StageFile(BaseModel):
+    """An uploaded file that a stage reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    key: str
+    sha256: str
+
+
+class StageTask(BaseModel):
+    """One attempt at one stage of a job, with all that it needs to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    job: str
+    stage: str
+    attempt: int
+    tenant: str
+    tenant_name: str
+    base_model: str
+    request: dict[str, Any]
+    training_file: StageFile
+    validation_file: StageFile | None
+    policy: Policy
+    facts: dict[str, Any]
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Of its actor; no other ever has it."""
+        return actor_name(self.job, self.stage, self.attempt)
+
+
+class StageEvent(BaseModel):
+    """Something that a tenant may want to read."""
+
+    message: str
+    data: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an actor says.
+
+    Attributes:
+        events: those after the ones that were asked for.
+        facts: what it found, once it is done (or below the gate).
+        code, message, param: of the error, where there is one.
+    """
+
+    outcome: ReportOutcome
+    events: list[StageEvent] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
+    message: str = ""
+    param: str | None = None
+
+
+class StageRunner(Protocol):
+    """Starts stages that outlive the controller, and finds them again. Safe to share by threads."""
+
+    def start(self, task: StageTask) -> None:
+        """Start the stage under the task's name; where there is one already, leave it."""
+        ...
+
+    def poll(self, name: str, seen: int) -> Report | None:
+        """What the stage says, with its events from number `seen`; None: it is gone."""
+        ...
+
+    def stop(self, name: str) -> None:
+        """End the stage and all that it started; one that is not there is fine."""
+        ...
+
+    def names(self) -> set[str]:
+        """Every stage that is there."""
+        ...
+
+
+def actor_name(job: str, stage: str, attempt: int) -> str:
+    """``job:stage:attempt``."""
+    return f"{job}:{stage}:{attempt}"

@@ -1,0 +1,93 @@
+"""What a control plane is configured with: one YAML file, validated, or the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jobs.strict_yaml import read_yaml
+from safeft.cache import cache_root
+from safeft.errors import SpecError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelOffer(_Part):
+    """A base model that tenants may tune.
+
+    Attributes:
+        source: where it comes from, as everywhere in safeft.
+        profile: its safety profile; None: in the cache.
+        max_tokens: of a row.
+    """
+
+    source: Annotated[str, Field(min_length=1)]
+    profile: Path | None = None
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+
+
+class Settings(_Part):
+    """One control plane.
+
+    Attributes:
+        database: ``sqlite:////absolute/path`` or ``postgresql://...``; None: in `home`.
+        artifacts: ``file:///absolute/path`` or ``s3://bucket/prefix``; None: in `home`.
+        home: also the stages' working files and the signing key. On several machines it is on a
+            file system that all of them share.
+        base_models: what is offered, by the name that tenants use.
+        max_upload_bytes: of one file.
+        compute_slots: training workers at a time over all tenants.
+        intake_slots: jobs that are validated or screened at a time.
+    """
+
+    database: str | None = None
+    artifacts: str | None = None
+    home: Path = Field(default_factory=lambda: cache_root() / "control-plane")
+    base_models: dict[Name, BaseModelOffer] = Field(
+        default_factory=lambda: {"smollm2-135m-aligned": BaseModelOffer(source="demo:aligned")}
+    )
+    max_upload_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30
+    compute_slots: Annotated[int, Field(ge=1)] = 1
+    intake_slots: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def database_url(self) -> str:
+        """Where the state is."""
+        return self.database or f"sqlite:///{self.home.absolute()}/state.db"
+
+    @property
+    def artifacts_url(self) -> str:
+        """Where files and models are."""
+        return self.artifacts or f"file://{self.home.absolute()}/artifacts"
+
+    @property
+    def signing_key(self) -> Path:
+        """The publisher's private key."""
+        return self.home.absolute() / "signing-key.pem"
+
+    @property
+    def work(self) -> Path:
+        """Where the stages of each job keep what they are working on."""
+        return self.home.absolute() / "work"
+
+
+def load_settings(path: Path | None) -> Settings:
+    """The settings in a YAML file; the defaults without one.
+
+    Raises:
+        SpecError: with the file and the field that is wrong.
+    """
+    if path is None:
+        return Settings()
+    try:
+        return Settings.model_validate(read_yaml(path) or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SpecError(f"{path}: {where}: {first['msg']}") from None

@@ -1,0 +1,175 @@
+"""The database by URL: SQLite in WAL mode, or PostgreSQL. Sessions, and the schema's version."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.orm import Session
+
+from cluster.state.sessions import TenantSession
+from safeft.errors import InputError, SafeftError
+
+_BUSY_TIMEOUT_S = 30.0
+_MIGRATION_LOCK = 0x5AFE_F7  # any number, the same in every process
+_READ = "safeft_read"
+
+
+class DatabaseError(SafeftError):
+    """The database is not there, or has another schema than this version."""
+
+
+class Database:
+    """Where the control plane's state is. Safe to share between threads.
+
+    Args:
+        url: ``sqlite:////absolute/path`` or ``postgresql://user@host/name``.
+
+    Raises:
+        InputError: the URL names no database that is supported.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.engine = _engine(url)
+        # SQLite has one writer; who waits for it inside this process is served in turn.
+        self._writer: Any = threading.Lock() if self.is_sqlite else contextlib.nullcontext()
+
+    @property
+    def is_sqlite(self) -> bool:
+        """SQLite; otherwise it is PostgreSQL."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def system(self) -> Iterator[Session]:
+        """A transaction over all tenants: for the controller and administrators.
+
+        Committed at the end, rolled back on an error. Keep it short: SQLite has one writer.
+        """
+        with self._writer, Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def tenant(self, tenant_id: str) -> Iterator[TenantSession]:
+        """A transaction in which only this tenant's rows exist."""
+        with (
+            self._writer,
+            TenantSession(tenant_id, bind=self.engine, expire_on_commit=False) as session,
+            session.begin(),
+        ):
+            yield session
+
+    @contextmanager
+    def system_read(self) -> Iterator[Session]:
+        """Like `system`, to read only: waits for nobody."""
+        with Session(self._reader(), expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def tenant_read(self, tenant_id: str) -> Iterator[TenantSession]:
+        """Like `tenant`, to read only: waits for nobody."""
+        with (
+            TenantSession(tenant_id, bind=self._reader(), expire_on_commit=False) as session,
+            session.begin(),
+        ):
+            yield session
+
+    def migrate(self, revision: str = "head") -> None:
+        """Bring the schema to a revision, all of it or nothing; "base" removes every table.
+
+        Several processes may do so at once.
+        """
+        current = _script().get_current_head()
+        with self.engine.begin() as connection:
+            if not self.is_sqlite:
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+            config = _config()
+            config.attributes["connection"] = connection
+            if revision == "head" or revision == current:
+                command.upgrade(config, revision)
+            else:
+                command.downgrade(config, revision)
+
+    def require_current(self) -> None:
+        """Raise DatabaseError unless the schema is this version's."""
+        wanted = _script().get_current_head()
+        try:
+            with self.engine.connect() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+        except DBAPIError as error:
+            raise DatabaseError(f"{self.shown}: cannot be reached ({error.orig})") from error
+        if found != wanted:
+            raise DatabaseError(
+                f"{self.shown}: its schema is {found or 'empty'}, this version needs {wanted}; "
+                "run `safeft database migrate`"
+            )
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password."""
+        return self.engine.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self.engine.dispose()
+
+    def _reader(self) -> Engine:
+        return self.engine.execution_options(**{_READ: True})
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise InputError(
+            "database: must be sqlite:////absolute/path or postgresql://..., and is neither"
+        ) from None
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(parsed, pool_pre_ping=True, pool_size=16, max_overflow=16)
+    if backend != "sqlite" or not parsed.database or not Path(parsed.database).is_absolute():
+        raise InputError(
+            f"database: must be sqlite:////absolute/path or postgresql://..., not {url!r}"
+        )
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        parsed, pool_size=16, max_overflow=16, connect_args={"timeout": _BUSY_TIMEOUT_S}
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
+    connection.isolation_level = None  # the driver starts no transaction; _begin_sqlite does
+    connection.execute("PRAGMA journal_mode=WAL")
+    # An answered request is on the disk, also when the power goes.
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later would fail where another one wrote meanwhile.
+    read = connection.get_execution_options().get(_READ, False)
+    connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
+
+
+def _script() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())

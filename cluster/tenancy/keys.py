@@ -1,0 +1,164 @@
+"""API keys: ``sf-<prefix>-<secret>``. The secret is shown once; its hash is all that is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cluster.state import Database
+from cluster.state.ids import new_id
+from cluster.state.models import ApiKey, Tenant
+from safeft.errors import InputError
+
+Role = Literal["tenant", "admin"]
+Scope = Literal[
+    "files:read",
+    "files:write",
+    "jobs:read",
+    "jobs:write",
+    "models:read",
+    "models:write",
+    "safety:read",
+]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+_SHOWN = re.compile(r"sf-([0-9a-f]{12})-([0-9a-f]{64})")
+_NOBODY = hashlib.sha256(b"no key has this secret").hexdigest()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a request comes from.
+
+    Attributes:
+        requests_per_second: the tenant's limit over all of its keys.
+    """
+
+    tenant_id: str
+    tenant_name: str
+    key_id: str
+    role: Role
+    scopes: frozenset[str]
+    requests_per_second: float
+
+    @property
+    def actor(self) -> str:
+        """As the audit log names it."""
+        return f"key:{self.key_id}"
+
+    def may(self, scope: Scope) -> bool:
+        """Whether the key was given this scope."""
+        return scope in self.scopes
+
+
+def authenticate(database: Database, shown: str, now: float) -> Caller | None:
+    """The caller with this key, or None: unknown, wrong, expired, revoked and suspended alike.
+
+    Nothing is remembered between calls, so that a revoked key is worth nothing at once.
+    """
+    match = _SHOWN.fullmatch(shown)
+    if match is None:
+        return None
+    prefix, secret = match.groups()
+    with database.system_read() as session:
+        found = session.execute(
+            select(ApiKey, Tenant)
+            .join(Tenant, Tenant.id == ApiKey.tenant_id)
+            .where(ApiKey.prefix == prefix)
+        ).one_or_none()
+    # Compared in any case, so that the time says nothing about which prefixes exist.
+    good = hmac.compare_digest(_hash(secret), found[0].secret_sha256 if found else _NOBODY)
+    if found is None or not good:
+        return None
+    key, tenant = found
+    if key.revoked_at is not None or tenant.suspended_at is not None:
+        return None
+    if key.expires_at is not None and key.expires_at <= now:
+        return None
+    return Caller(
+        tenant_id=tenant.id,
+        tenant_name=tenant.name,
+        key_id=key.id,
+        role=_role(key),
+        scopes=frozenset(key.scopes),
+        requests_per_second=tenant.requests_per_second,
+    )
+
+
+def create_key(
+    session: Session,
+    tenant_id: str,
+    *,
+    name: str,
+    now: float,
+    role: Role = "tenant",
+    scopes: Sequence[str] = SCOPES,
+    expires_at: float | None = None,
+) -> tuple[ApiKey, str]:
+    """A new key's row, and the key itself: the only time it is seen.
+
+    The secret has 256 random bits, so a plain SHA-256 of it cannot be searched.
+
+    Raises:
+        InputError: a scope that does not exist, or none at all.
+    """
+    if unknown := [scope for scope in scopes if scope not in SCOPES]:
+        raise InputError(f"scopes: no scope {unknown[0]!r}; choose from {', '.join(SCOPES)}")
+    if not scopes:
+        raise InputError("scopes: a key needs at least one")
+    prefix, secret = secrets.token_hex(6), secrets.token_hex(32)
+    key = ApiKey(
+        id=new_id("key"),
+        tenant_id=tenant_id,
+        name=name,
+        prefix=prefix,
+        secret_sha256=_hash(secret),
+        role=role,
+        scopes=sorted(set(scopes)),
+        created_at=now,
+        expires_at=expires_at,
+    )
+    session.add(key)
+    session.flush()
+    return key, f"sf-{prefix}-{secret}"
+
+
+def rotate_key(
+    session: Session, key: ApiKey, *, now: float, overlap_s: float = 0.0
+) -> tuple[ApiKey, str]:
+    """A new key like `key`, which ends after `overlap_s` seconds: by default, now.
+
+    Raises:
+        InputError: `key` is not valid any more.
+    """
+    if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
+        raise InputError("the key has ended; create a new one")
+    made = create_key(
+        session,
+        key.tenant_id,
+        name=key.name,
+        now=now,
+        role=_role(key),
+        scopes=key.scopes,
+        expires_at=key.expires_at,
+    )
+    if overlap_s > 0:
+        key.expires_at = min(now + overlap_s, key.expires_at or float("inf"))
+    else:
+        key.revoked_at = now
+    return made
+
+
+def _role(key: ApiKey) -> Role:
+    return "admin" if key.role == "admin" else "tenant"
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,37 @@
+"""A controller as a process of its own, to be killed.
+
+``python -m tests.control.controllers SETTINGS.json ray HOST:PORT`` runs stages on Ray,
+``... SETTINGS.json files DIRECTORY`` as files.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+from cluster.artifacts import open_store
+from cluster.controller.controller import Controller, Options
+from cluster.settings import Settings
+from cluster.state import Database
+from tests.control.stages import FileRunner
+
+OPTIONS = Options(tick_s=0.05, poll_s=0.1, claim_ttl_s=1.0, sweep_s=1.0)
+
+
+def main(settings_file: str, kind: str, where: str) -> None:
+    settings = Settings.model_validate_json(Path(settings_file).read_bytes())
+    stop = threading.Event()
+    if kind == "ray":
+        from cluster.controller.service import run_controller
+
+        run_controller(settings, where, stop, OPTIONS)
+        return
+    database = Database(settings.database_url)
+    store = open_store(settings.artifacts_url)
+    runner = FileRunner(Path(where), seconds=0.1)
+    Controller(settings, database, store, runner, options=OPTIONS).run(stop)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

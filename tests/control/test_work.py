@@ -1,0 +1,84 @@
+"""What becomes of a stage's errors: tried again, waited for, or told to the tenant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.artifacts import ArtifactMissing, ArtifactUnavailable
+from cluster.controller.runner import StageFile, StageTask
+from cluster.controller.work import WORK, perform
+from cluster.settings import BaseModelOffer, Settings
+from cluster.tenancy.tenants import Policy
+from safeft.errors import (
+    DatasetRejected,
+    InputError,
+    MeasurementError,
+    ModelError,
+    ProfileError,
+    RowErrors,
+    SpecError,
+    TrainingError,
+)
+from safeft.progress import silent
+
+
+def task(home: Path) -> StageTask:
+    return StageTask(
+        job="ftjob-1",
+        stage="training",
+        attempt=1,
+        tenant="ten_a",
+        tenant_name="a",
+        base_model="tiny",
+        request={},
+        training_file=StageFile(key="f", sha256=""),
+        validation_file=None,
+        policy=Policy(),
+        facts={},
+        settings=Settings(home=home, base_models={"tiny": BaseModelOffer(source="tiny")}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "code"),
+    [
+        (InputError("bad"), "refused", "invalid_training_file"),
+        (RowErrors("rows", [(3, "messages", "is empty")]), "refused", "invalid_training_file"),
+        (SpecError("bad"), "refused", "invalid_request"),
+        (DatasetRejected("risky"), "refused", "dataset_rejected"),
+        (ProfileError("missing"), "refused", "no_safety_profile"),
+        (ArtifactMissing("gone"), "refused", "file_missing"),
+        (ModelError("cannot be fetched"), "fault", "ModelError"),
+        (MeasurementError("an actor died"), "fault", "MeasurementError"),
+        (TrainingError("workers were lost"), "fault", "TrainingError"),
+        (PermissionError("no"), "fault", "PermissionError"),
+        (ZeroDivisionError("a defect"), "fault", "ZeroDivisionError"),
+        (ArtifactUnavailable("503"), "unavailable", "unavailable"),
+        (OSError(28, "No space left on device"), "unavailable", "unavailable"),
+        (TrainingError("worker: No space left on device"), "unavailable", "unavailable"),
+    ],
+)
+def test_each_error_has_its_consequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str, code: str
+) -> None:
+    def fail(job: Any) -> Any:
+        raise error
+
+    monkeypatch.setitem(WORK, "training", fail)
+    report = perform(task(tmp_path), silent)
+    assert (report.outcome, report.code) == (outcome, code)
+
+
+def test_a_tenant_reads_no_path_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(job: Any) -> Any:
+        raise InputError(f"{job.root}/training-file: line 3, messages: is empty" + "x" * 5000)
+
+    monkeypatch.setitem(WORK, "training", fail)
+    report = perform(task(tmp_path), silent)
+    assert report.message.startswith("training-file: line 3, messages: is empty")
+    assert str(tmp_path) not in report.message and len(report.message) < 2100
