@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,12 +87,15 @@ class FileRunner:
         self.directory, self.seconds = directory, seconds
 
     def start(self, task: StageTask) -> None:
+        # Whole or absent: a controller that is killed here must not leave a stage without end.
+        partial = self.directory / f"partial-{secrets.token_hex(8)}"
+        partial.write_text(json.dumps(time.time()))
         try:
-            descriptor = os.open(self.directory / task.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            os.link(partial, self.directory / task.name)
         except FileExistsError:
             return
-        os.write(descriptor, json.dumps(time.time()).encode())
-        os.close(descriptor)
+        finally:
+            partial.unlink()
         with (self.directory / "log").open("a") as log:
             log.write(f"{task.name}\n")  # short lines are appended whole
 
@@ -101,7 +105,7 @@ class FileRunner:
         except FileNotFoundError:
             return None
         job, stage, _ = name.split(":")
-        if not text or time.time() < json.loads(text) + self.seconds:
+        if time.time() < json.loads(text) + self.seconds:
             return Report("running")
         events = [StageEvent(message=f"{stage} speaks")][seen:]
         return Report("done", facts=facts_of(job, stage), events=events)

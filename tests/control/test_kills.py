@@ -18,7 +18,7 @@ from cluster.state.models import Job, JobEvent, PublishedModel, Stage
 from tests.control.rows import add_tenant, file_row, job_row
 from tests.control.stages import FileRunner
 
-JOBS, KILLS, CONTROLLERS = 24, 8, 2
+JOBS, KILLS, CONTROLLERS = 12, 4, 2
 WAY = ["validating", "screening", "training", "evaluating", "publishing"]
 
 
