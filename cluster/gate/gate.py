@@ -41,6 +41,10 @@ class Gate:
         self._lock = threading.RLock()
         self._ledger = Ledger(store, listeners)
 
+    def now(self) -> float:
+        """The gate's clock."""
+        return self._clock()
+
     def register(
         self,
         model: str,

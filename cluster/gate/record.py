@@ -60,6 +60,12 @@ class Record:
         """Whether probing it can change anything."""
         return not self.condemned and self.state is not State.quarantined
 
+    def due(self, now: float, every_s: float) -> bool:
+        """Whether to probe it now: a round is open, or the last good one is `every_s` old."""
+        if self.state is State.healthy and self.round == Round():
+            return now >= (self.cleared_at or 0.0) + every_s
+        return self.probed
+
     def rate(self, probe: Probe) -> Rate | None:
         """Refused of the last answers to that kind of probe; None without any."""
         recent = self.recent[probe]

@@ -72,10 +72,7 @@ class SqlGateStore:
     @staticmethod
     def at(file: Path) -> SqlGateStore:
         """In an SQLite file, made if it is not there."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(f"sqlite:///{file}")
-        sa.event.listen(engine, "connect", _prepare_sqlite)
-        return SqlGateStore(engine)
+        return SqlGateStore(sqlite_engine(file))
 
     def load(self) -> list[Record]:
         """See GateStore."""
@@ -144,6 +141,14 @@ class SqlGateStore:
             return work()
         except DBAPIError as error:
             raise GateStateError(f"{self._engine.url}: {error.orig}") from error
+
+
+def sqlite_engine(file: Path) -> sa.Engine:
+    """A database in one file, made if it is not there, that is safe against a power cut."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(f"sqlite:///{file}")
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    return engine
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
