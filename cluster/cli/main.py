@@ -13,7 +13,7 @@ import warnings
 
 import typer
 
-from cluster.cli import align, chat, demo, doctor, evaluate, finetune, profile, screen
+from cluster.cli import align, chat, demo, doctor, evaluate, finetune, models, profile, screen, up
 from cluster.cli.console import err, printable
 from safeft import __version__
 from safeft.cache import is_disk_full
@@ -38,6 +38,8 @@ app.command()(screen.screen)
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
+app.command()(up.up)
+app.add_typer(models.app, name="models")
 
 
 def _version(asked: bool) -> None:
