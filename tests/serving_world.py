@@ -135,6 +135,7 @@ class Person:
     silent: bool = False
     asked: list[tuple[str | None, str]] = field(default_factory=list)
     cancelled: int = 0
+    room: int = 4096
 
     def __post_init__(self) -> None:
         self._harmful = {p.text for p in load_prompts("harmful")}

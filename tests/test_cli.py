@@ -42,6 +42,7 @@ def test_help_names_every_command() -> None:
     shown = safeft("--help").stdout
     for command in (
         *("demo", "doctor", "align", "profile", "screen", "finetune", "evaluate", "chat"),
+        *("up", "models"),
     ):
         assert command in shown
 

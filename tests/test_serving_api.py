@@ -155,6 +155,16 @@ def test_a_wrong_or_unknown_field_is_a_400_that_names_it(
     assert caught.value.type == "invalid_request_error"
 
 
+def test_without_max_tokens_a_long_prompt_gets_what_there_is_room_for(
+    client: openai.OpenAI,
+) -> None:
+    long = [{"role": "user", "content": "word " * 90}]
+    answer = client.chat.completions.create(model="base", messages=long)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 512 - 256
+    assert answer.usage.total_tokens <= 512
+
+
 def test_text_parts_and_developer_turns_are_understood(client: openai.OpenAI) -> None:
     plain = [{"role": "system", "content": "Be brief."}, *USER]
     parts = [

@@ -51,6 +51,7 @@ class Policy:
         Raises:
             ProfileError: the profile has no baseline, or the base model itself refuses too little.
         """
+        profile.verify(["baseline"])
         baseline = profile.json("baseline", "evaluation.json")["refusals"]["sets"]
         return Policy.from_baseline(baseline, max_age_s)
 

@@ -104,7 +104,13 @@ class Ticket(Protocol):
 
 
 class Engine(Protocol):
-    """One base model. All methods may be called from any thread and return at once."""
+    """One base model. All methods may be called from any thread and return at once.
+
+    Attributes:
+        room: positions of the base model, for a prompt and its answer together.
+    """
+
+    room: int
 
     def submit(self, request: Request, deliver: Callable[[Delta], None]) -> Ticket:
         """Take a request. `deliver` is called from the engine's thread and must not block.

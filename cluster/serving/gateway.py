@@ -134,7 +134,7 @@ class Gateway:
             counted = stack.enter_context(self._counted(route, body.model, began))
             weights, probe = self._weights(body.model, request)
             adapter = None if weights == self._config.base_weights else weights
-            call = Call(prompt, body.sampling(), adapter, body.n)
+            call = Call(prompt, body.sampling(), adapter, body.n, shorten=body.limit() is None)
             # A probe asks weights that are out of rotation, too: nothing takes them from it.
             leave = (
                 asyncio.Event()

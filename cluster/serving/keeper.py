@@ -57,6 +57,8 @@ class Keeper:
         self._epoch = secrets.token_hex(8)
         self._changed = asyncio.Event()
         self._by_hand: set[str] = set()
+        for record in self.gate.records():  # from an earlier start, perhaps with another policy
+            self.gate.register(record.model, record.weights, policy, record.on_quarantine)
         self.gate.register(base.name, base.weights, policy)
         recorder.poll(self._numbers)
 

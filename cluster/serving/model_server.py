@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,12 +26,14 @@ class Call:
     Attributes:
         prompt: a text to go on with, or the turns of a chat.
         weights: hash of the adapter; None: the base model.
+        shorten: `max_tokens` is a default, to be lowered to what the model has room for.
     """
 
     prompt: str | Sequence[dict[str, str]]
     sampling: Sampling
     weights: str | None
     n: int
+    shorten: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,11 @@ class ModelServer:
             ids = encode_prompt(call.prompt, self._tokenizer)
         if not ids:
             raise InputError("prompt: is empty")
-        return Request(tuple(ids), call.sampling, call.weights, call.n, stream)
+        sampling = call.sampling
+        if call.shorten:
+            left = max(1, self._engine.room - len(ids))
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, left))
+        return Request(tuple(ids), sampling, call.weights, call.n, stream)
 
     async def _batches(self, request: Request) -> AsyncGenerator[list[Delta], None]:
         """What the engine delivers, several pieces at a time where the reader is slower.

@@ -78,7 +78,7 @@ class TransformersEngine:
     ) -> None:
         self.limits = limits or EngineLimits()
         self._tokenizer = tokenizer
-        self._room = int(model.config.max_position_embeddings)
+        self.room = int(model.config.max_position_embeddings)
         ends, pad = end_and_pad_ids(model, tokenizer)
         self._ends = frozenset(ends)
         self._dropped: deque[str] = deque()
@@ -100,7 +100,7 @@ class TransformersEngine:
 
     def submit(self, request: Request, deliver: Callable[[Delta], None]) -> Job:
         """See Engine."""
-        check_request(request, self._room, self.limits.max_batch)
+        check_request(request, self.room, self.limits.max_batch)
         job = Job(request, deliver, self._cancel, open=request.n)
         with self._wake:
             self._require_running()
