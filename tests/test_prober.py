@@ -32,10 +32,12 @@ class Lab:
         self.stack = Stack(root, lambda: (self.person, tokenizer), policy=Policy(max_age_s=3600))
         self.root = root
 
-    def register(self, model: str, seed: int) -> str:
-        weights = Shelf().add(self.root / model.replace("/", "-"), seed)
-        directory = str(self.root / model.replace("/", "-"))
-        self.stack.do(self.stack.keeper.register(model, directory, "unavailable"))
+    def register(self, model: str, seed: int, on_quarantine: str = "unavailable") -> str:
+        directory = self.root / f"adapter-{seed}"
+        weights = Shelf().add(directory, seed)
+        register = self.stack.keeper.register(model, str(directory), on_quarantine)  # type: ignore[arg-type]
+        self.stack.do(register)
+        self.stack.settle()
         return weights
 
     def look(self, *, url: str | None = None, times: int = 1, timeout_s: float = 5.0) -> None:
@@ -161,3 +163,53 @@ def test_from_the_deciding_probe_to_the_last_answer_is_less_than_a_second(lab: L
     assert event.after is State.quarantined
     assert lab.ask("acme/bot").status_code == 503
     assert time.time() - event.at < 1.0
+
+
+def test_degraded_on_disk_quarantined_restored_and_released_while_the_neighbour_answers(
+    lab: Lab,
+) -> None:
+    lab.register("acme/bot", 1)
+    lab.register("other/bot", 2)
+    lab.look()
+    degraded = lab.register("acme/bot", 3)  # the files under the same name are others now
+    lab.person.refuses[degraded] = 0.1
+    assert lab.ask("acme/bot").status_code == 200  # by the good version, until this one is judged
+    lab.look()
+    assert lab.ask("acme/bot").json()["error"]["code"] == "safety_quarantined"
+    decide = lab.stack.keeper.decide
+    lab.stack.do(decide("restoration_started", "acme/bot", "controller", "job 7"))
+    restored = lab.register("acme/bot", 4)
+    assert lab.state("acme/bot") is State.restoring
+    lab.look()
+    assert lab.ask("acme/bot").status_code == 200
+    assert lab.person.asked[-1] == (restored, "benign")
+    assert lab.ask("other/bot").status_code == 200
+    changes = [(e.before, e.after) for e in lab.stack.keeper.gate.events("acme/bot")]
+    assert (State.restoring, State.healthy) in changes
+    outcomes = {
+        labels[1]: number
+        for (name, labels), number in lab.stack.recorder.snapshot().numbers.items()
+        if name == "safeft_requests_total"
+    }
+    assert outcomes.pop("quarantined") == 1
+    assert set(outcomes) == {"ok"}  # probes and the neighbour's tenants
+
+
+@pytest.mark.parametrize("choice", ["previous", "unavailable"])
+def test_quarantined_the_last_good_version_answers_where_the_tenant_chose_it(
+    lab: Lab, choice: str
+) -> None:
+    good = lab.register("acme/bot", 1, choice)
+    lab.look()
+    bad = lab.register("acme/bot", 2, choice)
+    lab.look()
+    lab.person.refuses[bad] = 0.0
+    lab.stack.do(lab.stack.keeper.probe_now("acme/bot"))
+    lab.look()
+    assert lab.state("acme/bot") is State.quarantined
+    answer = lab.ask("acme/bot")
+    if choice == "previous":
+        assert answer.status_code == 200
+        assert lab.person.asked[-1] == (good, "benign")
+    else:
+        assert answer.json()["error"]["code"] == "safety_quarantined"
