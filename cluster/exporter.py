@@ -7,6 +7,7 @@ process that ended stay in the sum (they must not fall); its gauges go.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from prometheus_client.registry import Collector
 from cluster.metrics import METRICS, HistogramValue, Labels, Metric, Recorder, Snapshot
 from safeft.errors import InputError
 
+log = logging.getLogger(__name__)
 PUSH_EVERY_S = 1.0
 _SILENT_S = 10.0
 
@@ -101,28 +103,23 @@ class Exporter(Collector):
         return numbers, histograms
 
 
-class Pusher:
-    """Pushes a recorder's numbers every second from a thread, until `stop`.
+def push_for_ever(recorder: Recorder, source: str, push: Callable[[str, Snapshot], object]) -> None:
+    """Push a recorder's numbers every second from a thread that ends with the process.
 
     Args:
-        push: takes (source, snapshot); its errors are ignored until the next second, because a
+        push: takes (source, snapshot). What it raises is logged, and tried again the next second: a
             process must not end with the exporter.
     """
 
-    def __init__(
-        self, recorder: Recorder, source: str, push: Callable[[str, Snapshot], object]
-    ) -> None:
-        self._recorder, self._source, self._push = recorder, source, push
-        self._stopping = threading.Event()
-        threading.Thread(target=self._run, name="metrics-pusher", daemon=True).start()
+    def run() -> None:
+        while True:
+            time.sleep(PUSH_EVERY_S)
+            try:
+                push(source, recorder.snapshot())
+            except Exception:  # logged; the next push has all of it
+                log.warning("numbers could not be pushed", exc_info=True)
 
-    def stop(self) -> None:
-        """Push no more."""
-        self._stopping.set()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(PUSH_EVERY_S):
-            self._push(self._source, self._recorder.snapshot())
+    threading.Thread(target=run, name="metrics-pusher", daemon=True).start()
 
 
 def _counts(name: str) -> bool:

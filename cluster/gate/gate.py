@@ -91,11 +91,6 @@ class Gate:
             for record in self._ledger.known(model):
                 self._forget(record, reason, actor)
 
-    def models(self) -> list[str]:
-        """The names of all models, sorted."""
-        with self._lock:
-            return self._ledger.models()
-
     def versions(self, model: str) -> list[Record]:
         """The model's weights, oldest first; empty if there is no such model."""
         with self._lock:

@@ -113,10 +113,6 @@ class SqlGateStore:
             found.append(Event(**fields))
         return found
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._engine.dispose()
-
     def _write(self, record: Record, insert: sa.Insert | None, event: Event | None) -> None:
         def write() -> None:
             with self._engine.begin() as connection:

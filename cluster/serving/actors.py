@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.exporter import Exporter, Pusher
+from cluster.exporter import Exporter, push_for_ever
 from cluster.gate.policy import Policy
 from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
@@ -212,9 +212,7 @@ def pushed(kind: str) -> Recorder:
     source = f"{kind}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def push(name: str, snapshot: Snapshot) -> None:
-        # An exporter that is being restarted is found again the next second.
-        with contextlib.suppress(ValueError, RayActorError):
-            actor(EXPORTER).push.remote(name, snapshot)
+        actor(EXPORTER).push.remote(name, snapshot)
 
-    Pusher(recorder, source, push)
+    push_for_ever(recorder, source, push)
     return recorder
