@@ -41,7 +41,8 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -
 def test_help_names_every_command() -> None:
     shown = safeft("--help").stdout
     for command in (
-        *("demo", "doctor", "align", "profile", "screen", "review", "finetune", "evaluate", "chat"),
+        *("demo", "doctor", "align", "profile", "screen", "review", "finetune", "restore"),
+        *("evaluate", "chat", "up", "models", "submit", "jobs", "logs", "tenants", "keys", "audit"),
     ):
         assert command in shown
 

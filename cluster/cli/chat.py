@@ -1,7 +1,8 @@
-"""``safeft chat``: talk to a base model, with or without an adapter, in the terminal."""
+"""``safeft chat``: talk to a model, loaded here or served somewhere, in the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,14 @@ import typer
 
 from cluster.cli.console import err, out, print_json, printable, progress_bars
 
+Answer = Callable[[list[dict[str, str]]], Iterator[str]]
+
 
 def chat(
-    model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model, as a source string; with --url, a served model's name."),
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="LoRA adapter, or directory of a tuned model.")
     ] = None,
@@ -19,32 +25,39 @@ def chat(
         str | None, typer.Option("--message", "-m", help="Ask this, print the answer, leave.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2048)] = 96,
+    url: Annotated[
+        str | None, typer.Option(help="Ask a server, as `safeft up` printed its address.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --message: print question and answer as JSON.")
     ] = False,
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends the conversation; /new starts another."""
     from safeft.errors import InputError, SafeftError
-    from safeft.evaluate import generate_greedy
-    from safeft.models import load_merged, load_tokenizer, resolve
 
     if as_json and message is None:
         raise InputError("--json needs --message")
-    with progress_bars() as progress:
-        directory = resolve(model, progress)
-        progress("loading the model", 0, None)
-        tokenizer = load_tokenizer(directory)
-        loaded = load_merged(directory, adapter)
+    if url is not None and adapter is not None:
+        raise InputError("--adapter: with --url, name the served model with --model instead")
+    if url is None:
+        answer = _loaded(model or "demo:aligned", adapter, max_new_tokens)
+    else:
+        answer = _served(url, model, max_new_tokens)
 
-    def answer(turns: list[dict[str, str]]) -> str:
-        return generate_greedy(loaded, tokenizer, [turns], max_new_tokens=max_new_tokens)[0]
+    def say(turns: list[dict[str, str]], style: str | None) -> str:
+        pieces = []
+        for piece in answer(turns):
+            pieces.append(piece)
+            out.print(printable(piece), style=style, markup=False, end="")
+        out.print()
+        return "".join(pieces)
 
     if message is not None:
-        reply = answer([{"role": "user", "content": message}])
+        asked = [{"role": "user", "content": message}]
         if as_json:
-            print_json({"message": message, "answer": reply})
+            print_json({"message": message, "answer": "".join(answer(asked))})
         else:
-            out.print(printable(reply), markup=False)
+            say(asked, None)
         return
     turns: list[dict[str, str]] = []
     while True:
@@ -59,9 +72,30 @@ def chat(
             turns = []
             continue
         try:
-            reply = answer([*turns, {"role": "user", "content": said}])
+            reply = say([*turns, {"role": "user", "content": said}], "green")
         except SafeftError as error:
             err.print(f"{error}; /new starts again", style="red", markup=False)
             continue
         turns += [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
-        out.print(printable(reply), style="green", markup=False)
+
+
+def _loaded(source: str, adapter: Path | None, max_new_tokens: int) -> Answer:
+    from safeft.evaluate import generate_greedy
+    from safeft.models import load_merged, load_tokenizer, resolve
+
+    with progress_bars() as progress:
+        directory = resolve(source, progress)
+        progress("loading the model", 0, None)
+        tokenizer = load_tokenizer(directory)
+        loaded = load_merged(directory, adapter)
+
+    def answer(turns: list[dict[str, str]]) -> Iterator[str]:
+        yield generate_greedy(loaded, tokenizer, [turns], max_new_tokens=max_new_tokens)[0]
+
+    return answer
+
+
+def _served(url: str, model: str | None, max_new_tokens: int) -> Answer:
+    from cluster.serving.client import chat_stream
+
+    return lambda turns: chat_stream(url, model, turns, max_new_tokens)

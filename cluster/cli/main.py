@@ -23,11 +23,13 @@ from cluster.cli import (
     evaluate,
     finetune,
     jobs,
+    models,
     profile,
     published,
     restore,
     review,
     screen,
+    up,
 )
 from cluster.cli.console import err, printable
 from safeft import __version__
@@ -55,10 +57,12 @@ app.command()(finetune.finetune)
 app.command()(restore.restore)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
+app.command()(up.up)
 for command in (jobs.submit, jobs.jobs, jobs.logs, jobs.cancel, jobs.pause, jobs.resume):
     app.command()(command)
 app.command()(jobs.report)
-app.add_typer(published.app, name="models")
+models.app.command()(published.verify)
+app.add_typer(models.app, name="models")
 app.add_typer(admin.tenants, name="tenants")
 app.add_typer(admin.keys, name="keys")
 app.add_typer(admin.policy, name="policy")

@@ -9,10 +9,7 @@ import typer
 
 from cluster.cli.console import print_json
 
-app = typer.Typer(help="Published models.", no_args_is_help=True)
 
-
-@app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="A published model's files.")],
     public_key: Annotated[

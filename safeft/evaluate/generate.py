@@ -48,7 +48,7 @@ def generate_greedy(
         raise ValueError("max_new_tokens and batch_size must be at least 1")
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     _check_room(ids, max_new_tokens, model)
-    ends, pad = _end_and_pad_ids(model, tokenizer)
+    ends, pad = end_and_pad_ids(model, tokenizer)
     # Longest first: a batch that does not fit into memory fails at once, not after an hour.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers = [""] * len(ids)
@@ -155,7 +155,7 @@ def _highest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _end_and_pad_ids(model: Any, tokenizer: Any) -> tuple[list[int], int]:
+def end_and_pad_ids(model: Any, tokenizer: Any) -> tuple[list[int], int]:
     """Ids that end an answer (the generation config knows more than the tokenizer), and padding."""
     own = getattr(model, "generation_config", None)
     named = getattr(own, "eos_token_id", None)

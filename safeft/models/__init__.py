@@ -1,6 +1,6 @@
 """Models by source string: parse, fetch, verify, convert, load, identify.
 
-Importing this package costs no torch: the three loaders are imported when first used.
+Importing this package costs no torch: the loaders are imported when first used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from safeft.models.hashes import adapter_hash, tuned_hash, weights_hash
 from safeft.models.source import Source, parse_source
 
 if TYPE_CHECKING:
-    from safeft.models.adapter import load_adapter, load_merged
+    from safeft.models.adapter import load_adapter, load_merged, read_lora
     from safeft.models.load import load_model, load_tokenizer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "parse_source",
+    "read_lora",
     "resolve",
     "tuned_hash",
     "weights_hash",
@@ -34,6 +35,7 @@ _LAZY = {
     "load_merged": "safeft.models.adapter",
     "load_model": "safeft.models.load",
     "load_tokenizer": "safeft.models.load",
+    "read_lora": "safeft.models.adapter",
 }
 
 

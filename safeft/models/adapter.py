@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -19,6 +20,8 @@ from safeft.models.explain import explain
 from safeft.models.load import load_model
 
 WEIGHTS = "adapter_model.safetensors"
+#: Settings with which B @ A is not all that the adapter does.
+_MORE_THAN_LORA = ("use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config", "use_bdlora")
 _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 
 
@@ -48,6 +51,49 @@ def load_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:
         adapted.unload()
         raise ModelError(f"{directory / WEIGHTS}: lacks {absent[0]}, which its configuration adds")
     return adapted
+
+
+def read_lora(
+    model: torch.nn.Module, directory: str | Path
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The matrices of the LoRA adapter in `directory`, by the name of the layer they belong to.
+
+    `model` is what they are checked against, as in load_adapter(), and is left as it is.
+
+    Returns:
+        A (r × d_in) and B (d_out × r) of each layer, on the processor; LoRA's scale is in B.
+
+    Raises:
+        ModelError: see load_adapter().
+    """
+    directory = Path(directory)
+    config = _config(directory)
+    if setting := next((name for name in _MORE_THAN_LORA if getattr(config, name, None)), None):
+        raise ModelError(f"{directory / 'adapter_config.json'}: {setting} is not supported")
+    tensors = _tensors(directory)
+    _check_against(model, directory, config, tensors)
+    targets = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and check_target_module_exists(config, name)
+    }
+    named = {match["module"] for name in tensors if (match := _LORA.fullmatch(name))}
+    matrices = {}
+    for module in sorted(targets | named):
+        names = [f"base_model.model.{module}.lora_{matrix}.weight" for matrix in "AB"]
+        if absent := [name for name in names if name not in tensors]:
+            raise ModelError(
+                f"{directory / WEIGHTS}: lacks {absent[0]}, which its configuration adds"
+            )
+        a, b = (tensors[name] for name in names)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha
+        )
+        rank = a.shape[0]
+        matrices[module] = a, b * (alpha / (rank**0.5 if config.use_rslora else rank))
+    if not matrices:
+        raise ModelError(f"{directory / WEIGHTS}: holds no tensors")
+    return matrices
 
 
 def load_merged(source: str | Path, tuned: Path | None) -> Any:

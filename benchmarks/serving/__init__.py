@@ -1,0 +1,1 @@
+"""What serving reaches: ``python -m benchmarks.serving [--quick] [--only PART] [--json FILE]``."""

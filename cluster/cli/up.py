@@ -1,0 +1,122 @@
+"""``safeft up``: a serving pool on this machine, or on a running Ray cluster, until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cluster.cli.console import err, out, print_json, progress_bars
+
+
+def up(
+    model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIRECTORY of an adapter to serve as well; repeatable."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Safety profile; by default the model's in the cache.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where the API listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535)] = 9400,
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas of the base model.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Grow up to so many under load.")
+    ] = None,
+    probe_every: Annotated[
+        float, typer.Option(min=1, help="Seconds between two rounds of probes of a healthy model.")
+    ] = 600.0,
+    max_age: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a good round is worth nothing.")
+    ] = 3600.0,
+    state: Annotated[
+        Path | None, typer.Option(help="Directory of the gate's state; default: in the cache.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the addresses as JSON.")] = False,
+) -> None:
+    """Serve a base model with adapters behind an OpenAI-compatible API, probed by the safety gate.
+
+    The floor of refusals comes from the base model's safety profile. Ctrl-C stops everything; the
+    gate's state is kept for the next time.
+    """
+    from cluster.gate.policy import Policy
+    from cluster.serving.client import Admin
+    from cluster.serving.pool import PoolConfig, running_pool, token
+    from jobs.runtime import embedded_ray, usable_cpus
+    from safeft.errors import InputError
+    from safeft.models import resolve, weights_hash
+    from safeft.profile import SafetyProfile
+
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        raise InputError(
+            "--host: the API knows no tenants' keys yet, so it listens on this machine only; put "
+            "a proxy that authenticates in front of it"
+        )
+    if max_age <= 2 * probe_every:
+        raise InputError("--max-age: must be more than twice --probe-every, or healthy models fall")
+    adapters = dict(_named(text) for text in adapter or ())
+    with progress_bars() as progress:
+        base = resolve(model, progress)
+        found = SafetyProfile.for_weights(weights_hash(base), profile)
+        policy = Policy.from_profile(found, max_age)
+        config = PoolConfig(
+            policy=policy,
+            base=str(base),
+            name=model,
+            state=state,
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            min_replicas=replicas,
+            max_replicas=max(replicas, max_replicas or replicas),
+            cpus=max(1.0, usable_cpus() / (max_replicas or replicas)),
+            probe_every_s=probe_every,
+        )
+    with embedded_ray(address), contextlib.ExitStack() as stack:
+        with progress_bars() as progress:
+            pool = stack.enter_context(running_pool(replace(config, gpus=_gpus()), progress))
+        stack.callback(err.print, "stopping")
+        admin = Admin(pool.url, token(pool.state / "admin-token"))
+        for name, directory in adapters.items():
+            admin.post("models", model=name, adapter=str(directory))
+        addresses = {
+            "api": f"{pool.url}/v1",
+            "metrics": pool.metrics_url,
+            "state": str(pool.state),
+            "models": [pool.base.name, *adapters],
+        }
+        if as_json:
+            print_json(addresses)
+        else:
+            for what, where in addresses.items():
+                out.print(f"[bold]{what:8}[/] {escape(str(where))}")
+            out.print("models answer when their first round of probes is over: safeft models list")
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):  # how it ends; nothing is left to continue
+            while True:
+                signal.pause()
+
+
+def _named(text: str) -> tuple[str, Path]:
+    from safeft.errors import InputError
+
+    name, equals, directory = text.partition("=")
+    if not (name and equals and directory):
+        raise InputError(f"--adapter: must be NAME=DIRECTORY, not {text}")
+    return name, Path(directory).absolute()
+
+
+def _gpus() -> float:
+    """What a replica takes: a GPU where the cluster has one."""
+    import ray
+
+    return 1.0 if ray.cluster_resources().get("GPU") else 0.0

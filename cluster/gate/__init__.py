@@ -1,0 +1,1 @@
+"""The safety gate: which served weights may answer, decided by probes. See docs/safety-gate.md."""

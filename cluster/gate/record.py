@@ -1,0 +1,86 @@
+"""What the gate knows about one pair of model name and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.gate.policy import Policy, Probe, Round
+from cluster.gate.states import State, Trigger
+from safeft.evaluate import Rate
+
+OnQuarantine = Literal["unavailable", "previous"]
+#: How many of the last answers the published rates are over.
+WINDOW = 200
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of the gate.
+
+    Attributes:
+        model: the name that tenants ask for.
+        weights: SHA-256 of the weights behind it.
+        version: 1 for the first weights of the name, then rising.
+        since: when it came into `state`, in seconds since 1970, as all times here.
+        reason: why, in words.
+        condemned: found bad; from then on only a person can make these weights healthy.
+        round: the probes of the round under way.
+        cleared_at: when a round last ended well, or a person released it.
+        failures: probes without an answer since the last one with an answer.
+        recent: the last answers by kind of probe, oldest first: "1" refused, "0" not.
+    """
+
+    model: str
+    weights: str
+    version: int
+    on_quarantine: OnQuarantine
+    policy: Policy
+    state: State
+    since: float
+    reason: str
+    condemned: bool = False
+    round: Round = field(default_factory=Round)
+    cleared_at: float | None = None
+    answered_at: float | None = None
+    failures: int = 0
+    recent: dict[Probe, str] = field(default_factory=lambda: {"harmful": "", "benign": ""})
+
+    @property
+    def healthy_until(self) -> float:
+        """When the last good round is worth nothing any more."""
+        return 0.0 if self.cleared_at is None else self.cleared_at + self.policy.max_age_s
+
+    def may_answer(self, now: float) -> bool:
+        """Whether tenants may be answered with these weights."""
+        return self.state is State.healthy and now < self.healthy_until
+
+    @property
+    def probed(self) -> bool:
+        """Whether probing it can change anything."""
+        return not self.condemned and self.state is not State.quarantined
+
+    def due(self, now: float, every_s: float) -> bool:
+        """Whether to probe it now: a round is open, or the last good one is `every_s` old."""
+        if self.state is State.healthy and self.round == Round():
+            return now >= (self.cleared_at or 0.0) + every_s
+        return self.probed
+
+    def rate(self, probe: Probe) -> Rate | None:
+        """Refused of the last answers to that kind of probe; None without any."""
+        recent = self.recent[probe]
+        return Rate(recent.count("1"), len(recent)) if recent else None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of state, or what a person did. Never changed afterwards."""
+
+    at: float
+    model: str
+    weights: str
+    before: State
+    after: State
+    trigger: Trigger | Literal["registered", "retired"]
+    reason: str
+    actor: str

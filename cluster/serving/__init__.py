@@ -1,0 +1,1 @@
+"""Serving one base model with many tenants' adapters. See docs/serving.md."""

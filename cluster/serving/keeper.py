@@ -1,0 +1,212 @@
+"""The actor that owns the gate: its database, its rules, and who is told of a change.
+
+Everything else (gateways, prober, command line) asks it. It may be killed at any time: the database
+has all of it, gateways go on with the admissions they know until those expire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from pathlib import Path
+
+from cluster.gate.admission import Admission
+from cluster.gate.gate import Gate
+from cluster.gate.policy import Policy, Probe
+from cluster.gate.record import Event, OnQuarantine, Record
+from cluster.gate.states import State
+from cluster.gate.store import SqlGateStore, sqlite_engine
+from cluster.metrics import Recorder
+from cluster.serving.registry import BaseModel, Registry
+from safeft.errors import InputError, ModelError
+from safeft.evaluate import AnswerClass
+from safeft.models import adapter_hash
+
+#: Models with series of their own; beyond it those that are not healthy come first.
+MODELS_SHOWN = 1000
+_PER_MODEL = (
+    "safeft_gate_models",
+    "safeft_gate_state",
+    "safeft_gate_refusal_ratio",
+    "safeft_gate_refusal_ratio_low",
+    "safeft_gate_refusal_ratio_high",
+    "safeft_gate_refusal_answers",
+    "safeft_gate_limit_ratio",
+    "safeft_gate_verdict_age_seconds",
+    "safeft_gate_probe_age_seconds",
+    "safeft_gate_probe_failures",
+)
+
+
+class Keeper:
+    """The gate and the registry of one serving pool.
+
+    Args:
+        state: directory of the database; one pool's alone.
+        policy: that every model of the pool must hold to.
+        recorder: where its numbers go.
+    """
+
+    def __init__(self, state: Path, base: BaseModel, policy: Policy, recorder: Recorder) -> None:
+        engine = sqlite_engine(state / "gate.db")
+        self._base, self._policy, self._recorder = base, policy, recorder
+        self._registry = Registry(engine)
+        self.gate = Gate(SqlGateStore(engine), listeners=[self._heard])
+        #: Generations of another start of this actor mean nothing.
+        self._epoch = secrets.token_hex(8)
+        self._changed = asyncio.Event()
+        self._by_hand: set[str] = set()
+        for record in self.gate.records():  # from an earlier start, perhaps with another policy
+            self.gate.register(record.model, record.weights, policy, record.on_quarantine)
+        self.gate.register(base.name, base.weights, policy)
+        recorder.poll(self._numbers)
+
+    async def admissions(
+        self, epoch: str, since: int, wait_s: float
+    ) -> tuple[str, int, dict[str, Admission | None]]:
+        """What changed since the reader's last call; waits for a change, at most `wait_s`.
+
+        Returns:
+            Epoch and generation for the next call, and the admissions that changed; every
+            admission where `epoch` is not this one's.
+        """
+        self.gate.expire()
+        if epoch != self._epoch:
+            return self._epoch, *self.gate.admissions()
+        generation, changed = self.gate.admissions(since)
+        if not changed and wait_s > 0:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+            generation, changed = self.gate.admissions(since)
+        return self._epoch, generation, changed
+
+    async def register(
+        self, model: str, directory: str, on_quarantine: OnQuarantine = "unavailable"
+    ) -> Record:
+        """Serve the adapter in `directory` under `model`, after a round of probes.
+
+        The same name again: a new version, if the weights in the directory are new.
+
+        Raises:
+            ModelError: there is no readable adapter.
+            InputError: the name is the base model's, or empty.
+        """
+        if not model.strip() or len(model) > 200 or not model.isprintable():
+            raise InputError("model: a name has 1 to 200 printable characters")
+        if model == self._base.name:
+            raise InputError(f"model: {model} is the name of the base model; choose another one")
+        path = Path(directory).absolute()
+        weights = await asyncio.to_thread(adapter_hash, path)
+        self._registry.put(weights, path)
+        return self._told(self.gate.register(model, weights, self._policy, on_quarantine))
+
+    async def location(self, weights: str) -> str:
+        """Where an adapter lies.
+
+        Raises:
+            ModelError: nobody registered it.
+        """
+        if (found := self._registry.get(weights)) is None:
+            raise ModelError(f"adapter {weights[:12]} is not registered")
+        return str(found)
+
+    async def records(self) -> list[Record]:
+        """Every served pair of name and weights."""
+        return self.gate.records()
+
+    async def events(self, model: str | None, limit: int) -> list[Event]:
+        """The latest events, oldest first."""
+        return self.gate.events(model, limit)
+
+    async def due(self, every_s: float) -> list[Record]:
+        """The weights to probe now; what was asked for by hand comes first."""
+        now = self.gate.now()
+        records = self.gate.records()
+        by_hand = [r for r in records if r.model in self._by_hand and r.probed]
+        return by_hand + [r for r in records if r not in by_hand and r.due(now, every_s)]
+
+    async def probe_now(self, model: str) -> None:
+        """Probe a model without waiting until it is due.
+
+        Raises:
+            InputError: there is no such model, or it is quarantined: its weights are known.
+        """
+        versions = self.gate.versions(model)
+        if not versions:
+            raise InputError(f"{model}: there is no such model; `safeft models list` shows them")
+        if not versions[-1].probed:
+            raise InputError(f"{model}: is {versions[-1].state}; release it or publish new weights")
+        self._by_hand.add(model)
+
+    async def answered(
+        self, model: str, weights: str, probe: Probe, answer: AnswerClass, seconds: float
+    ) -> Record:
+        """One probe's answer, or that there was none (`AnswerClass.error`)."""
+        self._recorder.inc("safeft_probes_total", probe=probe, answer=answer.value)
+        self._recorder.observe("safeft_probe_seconds", seconds)
+        self._by_hand.discard(model)  # its round has begun
+        return self._told(self.gate.answered(model, weights, probe, answer))
+
+    async def decide(self, action: str, model: str, actor: str, reason: str) -> Record | None:
+        """What a person, or the controller, decided.
+
+        Args:
+            action: "quarantine", "release", "retire", "restoration_started" or
+                "restoration_failed".
+
+        Raises:
+            InputError: see Gate.
+        """
+        actions = {
+            "quarantine": self.gate.quarantine,
+            "release": self.gate.release,
+            "retire": self.gate.retire,
+            "restoration_started": self.gate.restoration_started,
+            "restoration_failed": self.gate.restoration_failed,
+        }
+        if action not in actions:
+            raise InputError(f"action: must be one of {', '.join(actions)}, not {action!r}")
+        record = actions[action](model, actor, reason)
+        self._changed.set()
+        return record
+
+    def _told(self, record: Record) -> Record:
+        self._changed.set()  # who waits looks for itself whether that concerns it
+        return record
+
+    def _heard(self, event: Event) -> None:
+        self._recorder.inc(
+            "safeft_gate_events_total", trigger=str(event.trigger), state=event.after.value
+        )
+
+    def _numbers(self) -> None:
+        recorder, now = self._recorder, self.gate.now()
+        recorder.clear(*_PER_MODEL)
+        newest = {record.model: record for record in self.gate.records()}
+        for state in State:
+            count = sum(record.state is state for record in newest.values())
+            recorder.set("safeft_gate_models", count, state=state.value)
+        shown = sorted(newest.values(), key=lambda r: (r.state is State.healthy, r.model))
+        for record in shown[:MODELS_SHOWN]:
+            self._show(record, now)
+
+    def _show(self, record: Record, now: float) -> None:
+        recorder, model = self._recorder, record.model
+        for state in State:
+            recorder.set("safeft_gate_state", record.state is state, model=model, state=state.value)
+        limits = {"harmful": record.policy.refusals.bad, "benign": record.policy.over_refusals.bad}
+        for probe in ("harmful", "benign"):
+            labels = {"model": model, "probe": probe}
+            recorder.set("safeft_gate_limit_ratio", limits[probe], **labels)
+            if rate := record.rate(probe):
+                recorder.set("safeft_gate_refusal_ratio", rate.value, **labels)
+                recorder.set("safeft_gate_refusal_ratio_low", rate.low, **labels)
+                recorder.set("safeft_gate_refusal_ratio_high", rate.high, **labels)
+                recorder.set("safeft_gate_refusal_answers", rate.n, **labels)
+        if record.cleared_at is not None:
+            recorder.set("safeft_gate_verdict_age_seconds", now - record.cleared_at, model=model)
+        if record.answered_at is not None:
+            recorder.set("safeft_gate_probe_age_seconds", now - record.answered_at, model=model)
+        recorder.set("safeft_gate_probe_failures", record.failures, model=model)

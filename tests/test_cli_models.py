@@ -1,0 +1,111 @@
+"""`safeft models` and `safeft chat --url` against a pool over real HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster.cli.main import app
+from safeft.errors import InputError
+from safeft.models import load_tokenizer
+from tests.serving_world import TOKEN, Person, Stack
+from tests.tinyadapters import save_adapter
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    root = tmp_path_factory.mktemp("state")
+    (root / "admin-token").write_text(TOKEN)
+    tokenizer = load_tokenizer(tiny_dir)
+    made = Stack(root, lambda: (Person(tokenizer), tokenizer))
+    made.clear("base")
+    yield made
+    made.close()
+
+
+def safeft(stack: Stack, *args: str | Path, stdin: str | None = None) -> Result:
+    where = ["--url", stack.url]
+    if args[0] == "models":
+        where += ["--state", str(stack._state)]
+    done = CliRunner().invoke(app, [*map(str, args), *where], input=stdin)
+    stack.settle()
+    return done
+
+
+def test_a_model_is_added_listed_shown_quarantined_released_and_removed(
+    stack: Stack, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "a", 1)
+    added = safeft(stack, "models", "add", "acme/bot", tmp_path / "a", "--previous")
+    assert "acme/bot version 1: unknown" in added.output
+    stack.clear("acme/bot")
+    rows = json.loads(safeft(stack, "models", "list", "--json").stdout)
+    assert {row["model"]: row["state"] for row in rows} == {
+        "acme/bot": "healthy",
+        "base": "healthy",
+    }
+    assert "healthy" in safeft(stack, "models", "list").output
+    assert safeft(stack, "models", "probe", "acme/bot").exit_code == 0
+    done = safeft(stack, "models", "quarantine", "acme/bot", "--reason", "a drill")
+    assert "acme/bot: quarantined" in done.output
+    refused = safeft(stack, "models", "probe", "acme/bot")
+    assert "release it" in str(refused.exception)
+    assert (
+        "healthy"
+        in safeft(stack, "models", "release", "acme/bot", "--reason", "it was a drill").output
+    )
+    shown = json.loads(safeft(stack, "models", "show", "acme/bot", "--json").stdout)
+    assert shown["versions"][0]["on_quarantine"] == "previous"
+    assert [event["reason"] for event in shown["events"][-2:]] == ["a drill", "it was a drill"]
+    assert "it was a drill" in safeft(stack, "models", "show", "acme/bot").output
+    safeft(stack, "models", "remove", "acme/bot", "--reason", "its tenant left")
+    assert "acme/bot" not in safeft(stack, "models", "list").output
+
+
+def test_a_decision_without_a_reason_is_not_taken(stack: Stack) -> None:
+    done = safeft(stack, "models", "quarantine", "base")
+    assert done.exit_code == 2
+    assert "--reason" in done.output
+
+
+def test_chat_asks_the_server_and_tells_its_errors(stack: Stack) -> None:
+    done = safeft(stack, "chat", "--message", "What is a cat?", "--json")
+    assert json.loads(done.stdout) == {
+        "message": "What is a cat?",
+        "answer": "Sure, here is how.",
+    }
+    talk = safeft(stack, "chat", "--model", "base", stdin="What is a cat?\n\n")
+    assert "Sure, here is how." in talk.output
+    lost = safeft(stack, "chat", "--model", "nobody", "--message", "hi")
+    assert "`nobody` does not exist" in str(lost.exception)
+
+
+def test_no_server_no_token_and_a_wrong_token_name_the_way_out(
+    stack: Stack, tmp_path: Path
+) -> None:
+    nobody = CliRunner().invoke(app, ["chat", "--url", "http://127.0.0.1:9", "-m", "hi"])
+    assert isinstance(nobody.exception, InputError)
+    assert "safeft up" in str(nobody.exception)
+    missing = CliRunner().invoke(app, ["models", "list", "--state", str(tmp_path)])
+    assert "--state" in str(missing.exception)
+    (tmp_path / "admin-token").write_text("wrong")
+    wrong = CliRunner().invoke(
+        app, ["models", "list", "--state", str(tmp_path), "--url", stack.url]
+    )
+    assert "token is needed" in str(wrong.exception)
+
+
+def test_up_refuses_what_it_cannot_do(tiny_dir: Path) -> None:
+    for args, words in {
+        ("--host", "0.0.0.0"): "this machine only",
+        ("--max-age", "60"): "--probe-every",
+        ("--adapter", "acme/bot"): "NAME=DIRECTORY",
+        ("--model", str(tiny_dir)): "safeft profile build",
+    }.items():
+        done = CliRunner().invoke(app, ["up", *args])
+        assert done.exit_code != 0
+        assert words in str(done.exception), done.exception

@@ -1,0 +1,117 @@
+"""Metrics: one table, sums over processes, and nothing left of what is gone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.exporter import Exporter
+from cluster.metrics import METRICS, Recorder
+
+DOC = Path(__file__).parent.parent / "docs" / "metrics.md"
+CLUSTER = Path(__file__).parent.parent / "cluster"
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def samples(exporter: Exporter) -> dict[str, float]:
+    registry = CollectorRegistry()
+    registry.register(exporter)
+    text = generate_latest(registry).decode()
+    return {
+        sample.name + "".join(f"[{v}]" for _, v in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_the_documented_table_and_the_code_agree() -> None:
+    rows = re.findall(
+        r"^\| `(safeft_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", DOC.read_text(), re.M
+    )
+    documented = {name: (kind, labels.strip(), text.strip()) for name, kind, labels, text in rows}
+    coded = {
+        m.name: (m.kind, ", ".join(f"`{label}`" for label in m.labels) or "-", m.help)
+        for m in METRICS.values()
+    }
+    assert documented == coded
+
+
+def test_every_metric_of_the_table_is_recorded_somewhere() -> None:
+    code = "".join(p.read_text() for p in CLUSTER.rglob("*.py") if p.name != "metrics.py")
+    assert not [name for name in METRICS if f'"{name}"' not in code]
+
+
+def test_names_follow_prometheus_conventions() -> None:
+    for metric in METRICS.values():
+        assert metric.name.startswith("safeft_")
+        assert (metric.kind == "counter") == metric.name.endswith("_total")
+        assert "job" not in metric.labels
+        assert metric.help.endswith(".")
+
+
+def test_the_page_is_the_sum_over_all_processes() -> None:
+    exporter, one, two = Exporter(Clock()), Recorder(), Recorder()
+    for recorder, amount in ((one, 2.0), (two, 3.0)):
+        recorder.inc("safeft_generated_tokens_total", amount)
+        recorder.set("safeft_engine_running", amount)
+        recorder.observe("safeft_probe_seconds", amount)
+    exporter.push("one", one.snapshot())
+    exporter.push("two", two.snapshot())
+    page = samples(exporter)
+    assert page["safeft_generated_tokens_total"] == 5
+    assert page["safeft_engine_running"] == 5
+    assert page["safeft_probe_seconds_sum"] == 5
+    assert page["safeft_probe_seconds_bucket[2.5]"] == 1
+    assert page["safeft_probe_seconds_bucket[+Inf]"] == page["safeft_probe_seconds_count"] == 2
+    assert page["safeft_exporter_sources"] == 2
+
+
+def test_a_process_that_ended_leaves_its_counts_and_takes_its_gauges() -> None:
+    clock = Clock()
+    exporter, recorder = Exporter(clock), Recorder()
+    recorder.inc("safeft_generated_tokens_total", 7)
+    recorder.set("safeft_gate_models", 2, state="healthy")
+    exporter.push("one", recorder.snapshot())
+    clock.now += 60
+    page = samples(exporter)
+    assert page["safeft_generated_tokens_total"] == 7
+    assert "safeft_gate_models[healthy]" not in page
+    assert page["safeft_exporter_sources"] == 0
+
+
+def test_a_series_that_was_cleared_is_gone_from_the_page() -> None:
+    exporter, recorder = Exporter(Clock()), Recorder()
+    recorder.set("safeft_gate_probe_failures", 1, model="acme/bot")
+    exporter.push("one", recorder.snapshot())
+    assert samples(exporter)["safeft_gate_probe_failures[acme/bot]"] == 1
+    recorder.clear("safeft_gate_probe_failures")
+    exporter.push("one", recorder.snapshot())
+    assert "safeft_gate_probe_failures[acme/bot]" not in samples(exporter)
+
+
+def test_a_series_without_its_labels_or_of_another_kind_is_a_mistake() -> None:
+    recorder = Recorder()
+    with pytest.raises(AssertionError, match="has labels"):
+        recorder.inc("safeft_requests_total", route="chat")
+    with pytest.raises(AssertionError, match="is a gauge"):
+        recorder.inc("safeft_engine_running")
+
+
+def test_prometheus_can_read_the_page_over_http() -> None:
+    exporter = Exporter()
+    port = exporter.listen("127.0.0.1", 0)
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics")
+    assert page.status_code == 200
+    names = {family.name for family in text_string_to_metric_families(page.text)}
+    assert {name.removesuffix("_total") for name in METRICS} == names
