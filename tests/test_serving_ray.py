@@ -15,7 +15,7 @@ import ray
 
 from cluster.gate.policy import Policy
 from cluster.serving import actors
-from cluster.serving.client import Admin
+from cluster.serving.client import Admin, Refused
 from cluster.serving.pool import Pool, PoolConfig, PoolError, running_pool, token
 from cluster.serving.transformers_engine import EngineLimits
 from jobs.runtime import embedded_ray
@@ -31,13 +31,13 @@ def free_port() -> int:
 
 
 def eventually(what: Callable[[], bool], within_s: float = 60.0) -> None:
-    """Fail unless `what` becomes true; errors of the connection count as not yet."""
+    """Fail unless `what` becomes true; what a part says that restarts counts as not yet."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         try:
             if what():
                 return
-        except (httpx.HTTPError, openai.APIConnectionError, openai.InternalServerError):
+        except (httpx.HTTPError, openai.APIConnectionError, openai.InternalServerError, Refused):
             pass
         time.sleep(0.1)
     pytest.fail(f"not within {within_s:.0f} s")

@@ -95,12 +95,10 @@ def rate(
 ) -> float:
     """Tokens a second of all prompts sent at once, adapters given out in turn."""
     finished = threading.Semaphore(0)
-    counts: list[int] = []
+    ends: list[Delta] = []
 
     def deliver(delta: Delta) -> None:
-        if delta.error is not None:
-            raise delta.error
-        counts.append(delta.tokens)
+        ends.append(delta)
         finished.release()
 
     began = time.monotonic()
@@ -109,7 +107,11 @@ def rate(
         engine.submit(Request(prompt, Sampling(tokens, temperature=0), weights), deliver)
     for _ in prompts:
         finished.acquire()
-    return sum(counts) / (time.monotonic() - began)
+    took = time.monotonic() - began
+    for delta in ends:
+        if delta.error is not None:
+            raise delta.error
+    return sum(delta.tokens for delta in ends) / took
 
 
 def mixed_over_single(model_dir: Path, root: Path, load: Load) -> dict[str, float]:

@@ -26,6 +26,7 @@ from cluster.gate.policy import Policy
 from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
+from cluster.serving.api_errors import ApiError
 from cluster.serving.gateway import Gateway, GatewayConfig
 from cluster.serving.keeper import Keeper
 from cluster.serving.model_server import Call, ModelServer, Result, build_transformers
@@ -90,6 +91,13 @@ class Remote:
                 return await method.remote(*args, **options)
             except RayTaskError as error:
                 raise error.cause from None
+            except RayActorError as error:
+                raise ApiError(
+                    503,
+                    "the safety gate is being restarted; try again",
+                    "gate_unavailable",
+                    headers={"Retry-After": "2"},
+                ) from error
 
         return call
 

@@ -247,6 +247,7 @@ def add_error_shapes(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(SafeftError, api_error)
+    app.add_exception_handler(Exception, api_error)  # the server logs it, too
     app.add_exception_handler(RequestValidationError, bad_body)
     app.add_exception_handler(HTTPException, http_error)
 
