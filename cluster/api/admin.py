@@ -149,7 +149,7 @@ def revoke_key(
     now = services.clock()
 
     def effect(session: Session) -> dict[str, Any]:
-        key = session.get(ApiKey, key_id, with_for_update=True)
+        key = session.get(ApiKey, key_id, with_for_update={"key_share": True})
         if key is None:
             raise not_found("key", key_id)
         key.revoked_at = key.revoked_at or now
@@ -182,7 +182,7 @@ def audit(
 
 
 def _tenant(session: Session, tenant_id: str) -> Tenant:
-    tenant = session.get(Tenant, tenant_id, with_for_update=True)
+    tenant = session.get(Tenant, tenant_id, with_for_update={"key_share": True})
     if tenant is None:
         raise not_found("tenant", tenant_id)
     return tenant

@@ -235,7 +235,7 @@ def _audit(
 def job_of(session: TenantSession, job_id: str, *, lock: bool = False) -> Job:
     """Raises ApiError 404 where the tenant has no such job."""
     query = select(Job).where(Job.id == job_id)
-    found = session.scalars(query.with_for_update() if lock else query).one_or_none()
+    found = session.scalars(query.with_for_update(key_share=True) if lock else query).one_or_none()
     if found is None:
         raise not_found("fine-tuning job", job_id)
     return found

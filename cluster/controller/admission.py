@@ -21,7 +21,9 @@ _TOKENS = 1000.0  # of training in one unit of cost
 def admit_waiting(session: Session, queue: Queue, capacity: int, now: float) -> list[str]:
     """Admit what fits, in the order of fair share; the ids of the admitted jobs."""
     # Whoever holds this row is the only one that admits, so what is free cannot be given twice.
-    lock = session.scalars(select(Lock).where(Lock.name == queue).with_for_update()).one()
+    lock = session.scalars(
+        select(Lock).where(Lock.name == queue).with_for_update(key_share=True)
+    ).one()
     running = session.execute(
         select(Job.tenant_id, func.count(), func.sum(_slots(queue)))
         .where(Job.phase.in_(_STAGES[queue]))
@@ -37,7 +39,9 @@ def admit_waiting(session: Session, queue: Queue, capacity: int, now: float) -> 
     shares = _shares(session, queue, counts, {job.tenant for job in waiting})
     result = admit(waiting, shares, free=free, capacity=capacity, queue_time=lock.value)
     chosen = session.scalars(
-        select(Job).where(Job.id.in_(result.chosen), Job.phase == _WAIT[queue]).with_for_update()
+        select(Job)
+        .where(Job.id.in_(result.chosen), Job.phase == _WAIT[queue])
+        .with_for_update(key_share=True)
     )
     admitted = []
     for job in chosen:  # one that was cancelled meanwhile is not among them

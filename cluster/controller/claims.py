@@ -43,7 +43,7 @@ class Claims:
             )
             .order_by(Job.not_before)
             .limit(limit)
-            .with_for_update(skip_locked=True)
+            .with_for_update(skip_locked=True, key_share=True)
         )
         with self._database.system() as session:
             ids = list(session.scalars(due))
@@ -78,7 +78,7 @@ class Claims:
         """
         with self._database.system() as session:
             query = select(Job).where(Job.id == job_id, Job.lock_token == token)
-            job = session.scalars(query.with_for_update()).one_or_none()
+            job = session.scalars(query.with_for_update(key_share=True)).one_or_none()
             if job is None:
                 raise ClaimLost(job_id)
             yield session, job
@@ -90,7 +90,9 @@ class Claims:
         """
         with self._database.system() as session:
             job = session.scalars(
-                select(Job).where(Job.id == job_id, Job.lock_token == token).with_for_update()
+                select(Job)
+                .where(Job.id == job_id, Job.lock_token == token)
+                .with_for_update(key_share=True)
             ).one_or_none()
             if job is None:
                 return

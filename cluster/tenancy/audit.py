@@ -81,7 +81,9 @@ def record(
     session.flush()
     # The connection itself, because a tenant's session does not reach this table.
     connection = session.connection()
-    connection.execute(select(Lock.name).where(Lock.name == "audit").with_for_update())
+    connection.execute(
+        select(Lock.name).where(Lock.name == "audit").with_for_update(key_share=True)
+    )
     last = connection.execute(
         select(AuditEntry.seq, AuditEntry.sha256).order_by(AuditEntry.seq.desc()).limit(1)
     ).one_or_none()

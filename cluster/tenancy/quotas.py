@@ -55,7 +55,9 @@ def gpu_seconds(session: Session, tenant_id: str) -> float:
 
 
 def _locked(session: TenantSession) -> Tenant:
-    return session.scalars(select(Tenant).with_for_update()).one()
+    # Not a plain FOR UPDATE: every row that refers to the tenant holds its key shared already, and
+    # two requests that each held it and wanted more would wait for each other.
+    return session.scalars(select(Tenant).with_for_update(key_share=True)).one()
 
 
 class RateLimiter:

@@ -339,6 +339,20 @@ def test_a_repeated_post_does_nothing_twice(api: Api) -> None:
     )
 
 
+def test_submissions_at_once_do_not_wait_for_each_other_in_a_circle(api: Api) -> None:
+    client = api.tenant("ten_a")
+    file = client.files.create(file=ROWS, purpose="fine-tune")
+
+    def create(number: int) -> str:
+        headers = {"Idempotency-Key": f"k{number}"}
+        return client.fine_tuning.jobs.create(
+            model="tiny", training_file=file.id, method=L2, extra_headers=headers
+        ).id
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(create, range(24)))) == 24
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
