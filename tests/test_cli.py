@@ -166,13 +166,13 @@ def test_a_job_trains_on_its_data_and_refusals_and_is_published_when_the_gate_pa
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights refuse nothing; the floor under the baseline is another test's concern.
-    import jobs.pipeline
+    import jobs.gate
     from jobs.finetune.batches import RowTable, rows_to_table
     from jobs.pipeline import read_dataset, run_job
     from jobs.spec import load_spec
     from safeft.own_refusals import refusal_row
 
-    monkeypatch.setattr(jobs.pipeline, "MIN_BASELINE", 0.0)
+    monkeypatch.setattr(jobs.gate, "MIN_BASELINE", 0.0)
     profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
     refusals = write_refusals(profile, 3)
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(CHAT)] * 8))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.evaluate import Evaluation
-from jobs.pipeline import safety_gate
+from jobs.gate import safety_gate
 from jobs.training_rows import safety_rows
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import jobs.pipeline
+import jobs.gate
 from jobs.finetune.manifest import read_manifest
 from jobs.pipeline import run_job, screen_file
 from jobs.policy import Override, PolicyFile
@@ -78,7 +78,7 @@ def test_a_job_under_review_trains_only_after_a_person_accepted_and_weighs_its_r
     tiny_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights refuse nothing; the floor under the baseline is another test's concern.
-    monkeypatch.setattr(jobs.pipeline, "MIN_BASELINE", 0.0)
+    monkeypatch.setattr(jobs.gate, "MIN_BASELINE", 0.0)
     file = tmp_path / "job.yaml"
     file.write_text(
         f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"

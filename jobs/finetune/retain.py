@@ -37,6 +37,7 @@ class RetainLoss(nn.Module):
         labels: Tensor,
         weight: float = 1.0,
         further: tuple[int, float] | None = None,
+        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What backward starts from, and the sum of ``‖h − h_orig‖₂`` over the counted positions.
 
@@ -49,7 +50,10 @@ class RetainLoss(nn.Module):
         with torch.no_grad(), adapters_off(self.model):
             before = residuals_after(self.model, self._layers, input_ids)
         now = residuals_after(self.model, self._layers, input_ids)
-        far = distances([h[counted] for h in now], [h[counted] for h in before]).sum()
+        moved = distances([h[counted] for h in now], [h[counted] for h in before])  # (n,)
+        if row_weights is not None:
+            moved = moved * row_weights.float()[:, None].expand_as(counted)[counted]
+        far = moved.sum()
         loss = far * weight
         if further is not None and self._forward_loss is not None:
             step, share = further

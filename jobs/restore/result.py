@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from jobs.evaluate import Evaluation
 from jobs.finetune import Manifest
-from jobs.pipeline import Gate, safety_gate
+from jobs.gate import Gate, safety_gate
 from safeft import __version__
 from safeft.errors import SafetyGateFailed
 from safeft.evaluate import differ

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from jobs.evaluate import evaluate
 from jobs.finetune import Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
-from jobs.pipeline import TRAINING, baseline, read_dataset, require_screened
+from jobs.gate import baseline
+from jobs.pipeline import TRAINING, read_dataset, require_screened
 from jobs.policy import screening_rules
 from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
 from jobs.restore.result import Restoration, RestoreResult, restoration_gate
