@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.sqsd import cascade, exact, gpu
+from benchmarks.sqsd import cascade, exact, gpu, stage
 from benchmarks.sqsd.setting import Run
 
 
@@ -29,6 +29,8 @@ MEASURES: dict[str, Callable[[Run], None]] = {
     "floor": exact.over_floor,
     "oracle": exact.oracle,
     "cascade": cascade.over_official,
+    "scorers": stage.scorers,
+    "memory": stage.memory,
     "gpu": gpu.peak_share,
 }
 
@@ -39,4 +41,6 @@ BARS = {
     "cascade_agreement": Bar(0.99, at_least=True),
     "oracle_max_diff": Bar(1e-4, at_least=False),
     "oracle_spearman": Bar(0.9999, at_least=True),
+    "scorers_2_over_1": Bar(1.8, at_least=True),
+    "memory_1m_over_10k": Bar(1.2, at_least=False),
 }

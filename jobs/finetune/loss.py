@@ -51,12 +51,25 @@ class LabelLoss(nn.Module):
             wanted = labels[:, 1:] != IGNORED
             per_token = row_weights.float()[:, None].expand_as(wanted)[wanted]
             task = (F.cross_entropy(logits, targets, reduction="none") * per_token).sum()
-        loss = task * weight
-        if further is not None and self._forward_loss is not None:
-            step, share = further
-            term = self._forward_loss(self.model, step)
-            loss = loss if term is None else loss + term * share
-        return loss, task.detach()
+        return with_further(task * weight, self.model, self._forward_loss, further), task.detach()
+
+
+def with_further(
+    loss: Tensor,
+    model: nn.Module,
+    forward_loss: ForwardLoss | None,
+    further: tuple[int, float] | None,
+) -> Tensor:
+    """The loss with the term that needs a forward pass of its own, where there is one.
+
+    Args:
+        further: the 0-based step and the weight of the term; None: leave it out.
+    """
+    if further is None or forward_loss is None:
+        return loss
+    step, share = further
+    term = forward_loss(model, step)
+    return loss if term is None else loss + term * share
 
 
 def loss_weight(*, workers: int, accumulation_steps: int, label_tokens: float) -> float:

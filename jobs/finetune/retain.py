@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.finetune.loss import ForwardLoss
+from jobs.finetune.loss import ForwardLoss, with_further
 from safeft.data.tokenise import IGNORED
 from safeft.lora import adapters_off
 from safeft.safereact import distances
@@ -54,9 +54,4 @@ class RetainLoss(nn.Module):
         if row_weights is not None:
             moved = moved * row_weights.float()[:, None].expand_as(counted)[counted]
         far = moved.sum()
-        loss = far * weight
-        if further is not None and self._forward_loss is not None:
-            step, share = further
-            term = self._forward_loss(self.model, step)
-            loss = loss if term is None else loss + term * share
-        return loss, far.detach()
+        return with_further(far * weight, self.model, self._forward_loss, further), far.detach()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.screen_stage`: does a second scorer double the rate, and does memory stay?
+"""The screening stage: does a second scorer double the rate, and does memory stay?
 
 ``scorers_2_over_1``: rows a second with two scorers over one, a thread each, of rows of the given
 dataset through the given model, from the moment when every scorer has finished its first block.
@@ -9,42 +9,19 @@ at a million rows over ten thousand; a tiny model, so that nothing else is large
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Protocol
 
 import psutil
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.screen_driver import Driver, Screening
 from benchmarks.screen_kills import tiny_screening
-from cluster.cli.console import progress_bars
+from benchmarks.sqsd.setting import Run
 from jobs.screening.scan import ROWS_PER_BLOCK
-from safeft.models import resolve, weights_hash
-from safeft.profile import SafetyProfile
-from safeft.progress import Progress
 
-GSM8K = Path(__file__).parents[1] / "../shared/data/gsm8k_train.jsonl"
-BARS = {"scorers_2_over_1": ">= 1.8", "memory_1m_over_10k": "<= 1.2"}
 _POLL_S = 0.2
-
-
-class Run(Protocol):
-    """What a measure is given, and where its numbers go."""
-
-    model_dir: Path
-    profile: SafetyProfile
-    gsm8k: Path
-    quick: bool
-    progress: Progress
-
-    def add(self, name: str, value: float, note: str) -> None: ...
 
 
 def scorers(run: Run) -> None:
@@ -160,49 +137,3 @@ def _bytes(process: psutil.Process) -> int:
     except (FileNotFoundError, ProcessLookupError):
         pass
     return 0
-
-
-MEASURES: dict[str, Callable[[Run], None]] = {"scorers": scorers, "memory": memory}
-
-
-@dataclass
-class _Alone:
-    """A `Run` of this file's own."""
-
-    model_dir: Path
-    profile: SafetyProfile
-    gsm8k: Path
-    quick: bool
-    progress: Progress
-    numbers: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, value: float, note: str) -> None:
-        self.numbers[name], self.notes[name] = value, note
-
-
-def main(
-    quick: Annotated[bool, typer.Option(help="A smaller version of the same work.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write {name: number}.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help=f"Of: {', '.join(MEASURES)}.")] = None,
-    model: Annotated[str, typer.Option(help="A model with a profile.")] = "demo:aligned",
-    gsm8k: Annotated[Path, typer.Option(help="GSM8K's training rows as chat messages.")] = GSM8K,
-) -> None:
-    """Measure, print a table with bars, and write the numbers."""
-    with progress_bars() as progress:
-        model_dir = resolve(model, progress)
-        profile = SafetyProfile.for_weights(weights_hash(model_dir))
-        run = _Alone(model_dir, profile, gsm8k, quick, progress)
-        for name in only or MEASURES:
-            MEASURES[name](run)
-    table = Table("name", "measured", "bar", "note")
-    for name, value in run.numbers.items():
-        table.add_row(name, f"{value:.3f}", BARS[name], run.notes[name])
-    Console(width=160).print(table)
-    Console().print(f"{psutil.cpu_count()} processors, {platform.processor()}")
-    if json_file is not None:
-        json_file.write_text(json.dumps(run.numbers, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)
