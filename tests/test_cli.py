@@ -81,8 +81,35 @@ def bad_files(directory: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
 def test_bad_data_ends_in_one_line_that_says_where(
     name: str, tiny_dir: Path, tmp_path: Path
 ) -> None:
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    path, words = bad_files(tmp_path)[name]
+    spec = tmp_path / "job.yaml"
+    spec.write_text(f"name: a\nmodel: {tiny_dir}\ndata: {{train: {path}}}\noutput: out\n")
+    assert_one_clear_line(safeft("finetune", spec), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["empty", "truncated"])
+def test_a_file_that_is_wrong_as_a_whole_is_not_screened(
+    name: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
     path, words = bad_files(tmp_path)[name]
     assert_one_clear_line(safeft("screen", path, "--model", tiny_dir), *words)
+
+
+def test_screening_rows_that_cannot_be_read_rejects_them_by_line_and_reason(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    bad = [bad_files(tmp_path)[name][0].read_bytes() for name in ("latin-1", "no-assistant")]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(bad))
+    done = safeft("screen", path, "--model", tiny_dir, "--json")
+    assert done.returncode == 3, done.stderr
+    rows = {row["line"]: row["error"] for row in json.loads(done.stdout)["risky_rows"]}
+    assert set(rows) == {2, 3}
+    assert "UTF-8" in rows[2] and "messages" in rows[3]
 
 
 def test_a_misspelt_key_in_a_spec_is_named_with_the_right_one(tmp_path: Path) -> None:
