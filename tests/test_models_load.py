@@ -34,6 +34,7 @@ def test_the_public_names_are_these() -> None:
         "load_model",
         "load_tokenizer",
         "parse_source",
+        "read_lora",
         "resolve",
         "tuned_hash",
         "weights_hash",
