@@ -65,12 +65,12 @@ def test_up_serves_quarantines_and_stops_on_ctrl_c(tiny_dir: Path, tmp_path: Pat
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0, (tmp_path / "errors").read_text()
-        _, alive = psutil.wait_procs(children, timeout=15)
+        assert process.wait(timeout=180) == 0, (tmp_path / "errors").read_text()
+        _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=180)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{addresses['api']}/models")
