@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import random
 import time
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cluster.serving.engine import Delta, EngineError, QueueFull, Request, Sampling
+from cluster.serving.lora import LoraSlots
 from cluster.serving.sampling import BROKEN, choose, new_generator
 from cluster.serving.text import TextStream
 from cluster.serving.transformers_engine import EngineLimits, TransformersEngine
 from safeft.errors import InputError, ModelError
 from safeft.evaluate import generate_greedy
-from safeft.models import adapter_hash, load_merged, load_model, load_tokenizer
+from safeft.models import adapter_hash, load_merged, load_model, load_tokenizer, read_lora
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tinyadapters import Shelf, save_adapter
 
@@ -357,6 +359,80 @@ def test_a_request_that_can_never_be_answered_is_refused(
 def test_logits_that_are_not_finite_end_the_answer_instead_of_making_one_up() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0], [-torch.inf] * 3])
     assert choose(logits, [(GREEDY, None)] * 3) == [1, BROKEN, BROKEN]
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_of_almost_nothing_is_greedy_and_breaks_no_step(
+    temperature: float, top_p: float
+) -> None:
+    way = Sampling(temperature=temperature, top_p=top_p, seed=1)
+    logits = torch.tensor([[-30.0, 25.0, 24.0, -torch.inf]])
+    assert choose(logits, [(way, new_generator(way, 0))]) == [1]
+
+
+def test_a_wider_adapter_than_any_before_enters_together_with_others(
+    tiny_dir: Path, shelf: Shelf
+) -> None:
+    narrow, _, wide, *_ = shelf.at
+    model = load_model(tiny_dir)
+    slots = LoraSlots(model, 4)
+    original = load_model(tiny_dir)
+    slots.use([narrow, wide, None], lambda key: read_lora(original, shelf.at[key]))
+    tokens = torch.tensor([encode("Hi")] * 3)
+    with torch.inference_mode():
+        mixed = model(input_ids=tokens).logits
+        for row, key in enumerate([narrow, wide, None]):
+            oracle = load_merged(tiny_dir, shelf.at[key] if key else None)
+            torch.testing.assert_close(
+                mixed[row], oracle(input_ids=tokens[:1]).logits[0], atol=1e-3, rtol=1e-3
+            )
+
+
+def test_an_adapter_that_overflows_breaks_nobody_else_now_or_later(
+    tiny_dir: Path,
+    alone: dict[tuple[str | None, str], str],
+    shelf: Shelf,
+    tmp_path: Path,
+) -> None:
+    save_adapter(tmp_path / "huge", 13)
+    file = tmp_path / "huge" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        tensor.fill_(3e38 if tensor.shape[0] == 4 else 1.0)  # A and B; finite, but their sums?
+    save_file(tensors, file)
+    huge, good = adapter_hash(tmp_path / "huge"), next(iter(shelf.at))
+    shelf.at[huge] = tmp_path / "huge"
+    limits = EngineLimits(max_batch=3)
+    engine = TransformersEngine(load_model(tiny_dir), load_tokenizer(tiny_dir), shelf, limits)
+    try:
+        beside = Asked(engine, Request(encode(PROMPTS[1]), GREEDY, good))
+        bad = [Asked(engine, Request(encode("a" * 90), GREEDY, huge)) for _ in range(3)]
+        assert beside.answers() == [alone[good, PROMPTS[1]]]
+        for one in bad:
+            with pytest.raises(EngineError, match="not finite"):
+                one.answers()
+        # The rows that it left hold nothing of it.
+        later = [Asked(engine, Request(encode("Hi"), GREEDY, good)) for _ in range(3)]
+        assert [one.answers() for one in later] == [[alone[good, "Hi"]]] * 3
+    finally:
+        engine.close()
+        del shelf.at[huge]
+
+
+def test_a_scale_that_makes_an_adapter_infinite_is_refused_before_it_is_used(
+    engine: TransformersEngine, shelf: Shelf, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "scaled", 14)
+    file = tmp_path / "scaled" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 1e300}))
+    weights = adapter_hash(tmp_path / "scaled")
+    shelf.at[weights] = tmp_path / "scaled"
+    try:
+        with pytest.raises(ModelError, match="once scaled by alpha"):
+            Asked(engine, Request(encode("Hi"), GREEDY, weights)).answers()
+    finally:
+        del shelf.at[weights]
 
 
 def test_top_p_never_chooses_outside_the_likeliest_tokens() -> None:

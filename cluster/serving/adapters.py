@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from cluster.serving.engine import EngineError
@@ -46,6 +47,12 @@ def load_checked(
             "register the model again to have them probed"
         )
     matrices = read_lora(model, directory)
+    if adapter_hash(directory) != weights:
+        raise ModelError(f"{directory}: its weights changed while they were read; try again")
+    dtype = next(model.parameters()).dtype
+    for name, pair in matrices.items():
+        if not all(torch.isfinite(matrix.to(dtype)).all() for matrix in pair):
+            raise ModelError(f"{directory}: {name} is not finite, once scaled by alpha, as {dtype}")
     ranks = {name: a.shape[0] for name, (a, _) in matrices.items()}
     widest = max(ranks, key=lambda name: ranks[name])
     if ranks[widest] > max_rank:

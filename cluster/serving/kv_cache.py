@@ -57,12 +57,18 @@ class RowCache:
         self.lengths.append(filled.layers[0].keys.shape[2] - padding)
 
     def leave(self, row: int) -> None:
-        """Free a row: the last one moves into its place."""
+        """Free a row: the last one moves into its place.
+
+        What is free is zero: the mask hides what lies behind a sequence, but not if it is NaN.
+        """
         last = len(self.lengths) - 1
-        if row != last:
-            for layer in self._layers:
-                layer.move(last, row, self.lengths[last])
-            self.lengths[row] = self.lengths[last]
+        length = self.lengths[last]
+        for layer in self._layers:
+            if row != last:
+                layer.move(last, row, length)
+                layer.wipe(row, length, self.lengths[row])
+            layer.wipe(last, 0, length)
+        self.lengths[row] = length
         self.lengths.pop()
 
     def next_step(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -120,6 +126,11 @@ class _RowLayer(CacheLayerMixin):  # type: ignore[misc]
         """Copy the first `length` positions of a row into another row."""
         self.keys[target, :, :length] = self.keys[source, :, :length]
         self.values[target, :, :length] = self.values[source, :, :length]
+
+    def wipe(self, row: int, start: int, end: int) -> None:
+        """Set positions `start` to `end` of a row to zero."""
+        self.keys[row, :, start:end] = 0
+        self.values[row, :, start:end] = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of transformers' interface; `_reserve` allocates."""

@@ -4,10 +4,11 @@ peft's `adapter_names` does the same with a Python loop over the adapters in eve
 cost grows with their number. Here the adapters in use lie side by side in two buffers a layer, so
 that any number of them is two matrix products and a mask:
 
-    y = W x + B_all ((A_all x) * mask)
+    y = W x + B_all mask(A_all x)
 
 with A_all (R × d_in) the stacked A of all slots, B_all (d_out × R) their scaled B, and a mask that
-leaves each row the R columns of its own adapter.
+leaves each row the R columns of its own adapter. What a foreign adapter makes of a row is replaced
+by 0, not multiplied by it: infinity times 0 is NaN, and one adapter would break its neighbours.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class MixedLinear(nn.Linear):
             return y
         hidden = functional.linear(x, self.a[slots.columns])
         if slots.mask is not None:
-            hidden = hidden * slots.mask
+            hidden = hidden.masked_fill(slots.mask, 0)
         flat = y.view(-1, self.out_features)
         return flat.addmm_(hidden.view(-1, hidden.shape[-1]), self.b[slots.columns]).view_as(y)
 
@@ -67,7 +68,7 @@ class LoraSlots:
         self._at: dict[str, int] = {}  # adapter -> slot, the one used longest ago first
         #: Columns of the buffers that the current pass uses; None: no row has an adapter.
         self.columns: slice | None = None
-        #: (rows, 1, columns) of zeros and ones; None: every row uses all columns.
+        #: (rows, 1, columns), true where a row must not look; None: every row uses all columns.
         self.mask: Tensor | None = None
 
     def use(self, rows: Sequence[str | None], weights: Callable[[str], LoraWeights]) -> None:
@@ -80,8 +81,10 @@ class LoraSlots:
         if not needed:
             self.columns = self.mask = None
             return
-        for key in needed:
-            self._place(key, needed, weights)
+        # Twice where a wider adapter than any before takes those before it their slots.
+        while not all(key in self._at for key in needed):
+            for key in needed:
+                self._place(key, needed, weights)
         used = [self._at[key] for key in needed]
         if max(used) + 1 - min(used) > 2 * len(used):  # too far apart: the gaps would be computed
             self._at.clear()
@@ -96,11 +99,11 @@ class LoraSlots:
             return
         some = next(layer for layer in self.layers.values() if layer.a is not None)
         assert some.a is not None
-        mask = torch.zeros(len(rows), 1, (end - first) * width, dtype=some.a.dtype)
+        mask = torch.ones(len(rows), 1, (end - first) * width, dtype=torch.bool)
         for row, own in enumerate(rows):
             if own is not None:
                 start = (self._at[own] - first) * width
-                mask[row, :, start : start + width] = 1
+                mask[row, :, start : start + width] = False
         self.mask = mask.to(some.a.device)
 
     def forget(self, key: str) -> None:

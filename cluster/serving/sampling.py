@@ -11,6 +11,8 @@ from cluster.serving.engine import Sampling
 
 #: In place of a token where a row's logits are not finite.
 BROKEN = -1
+#: A lower temperature is this one, which is as good as greedy: fp32 would round it to 0.
+_COLDEST = 1e-6
 
 
 def new_generator(sampling: Sampling, index: int) -> torch.Generator | None:
@@ -48,7 +50,9 @@ def choose(logits: Tensor, ways: Sequence[tuple[Sampling, torch.Generator | None
 
 def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     # On the processor and in fp32 whatever the model's: a seed then means the same everywhere.
-    shares = torch.softmax(logits.float().cpu() / sampling.temperature, -1)
+    logits = logits.float().cpu()
+    # The highest is 0 then, whatever it is divided by: no temperature makes infinities of two.
+    shares = torch.softmax((logits - logits.max()) / max(sampling.temperature, _COLDEST), -1)
     if sampling.top_p < 1:
         ordered, order = shares.sort(descending=True)
         before = ordered.cumsum(0) - ordered
