@@ -28,7 +28,7 @@ _BOUND = ("data_sha256", "rows_sha256", "profile", "code_version")
 
 
 class RiskyRow(BaseModel):
-    """One row above the threshold, or without a score. ``file``: where a dataset has several."""
+    """One row above the threshold, or without a score; ``file`` as in `DataFile.name`."""
 
     model_config = ConfigDict(extra="forbid")
     file: str = ""

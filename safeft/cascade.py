@@ -9,8 +9,8 @@ not finite.
 How far is far enough is measured, not chosen: each kind of reference row is predicted by a first
 stage that has seen the other kinds only, and the bar lies below every risky row's prediction.
 
-What is cleared is not looked at further: an answer that is harmful by itself, after a prompt that
-the model would not refuse, is seen by SQSD at best (docs/screening.md).
+Screening does not use it. What is cleared is not looked at further: an answer that is harmful by
+itself, after a prompt that the model would not refuse, is seen by SQSD at best (docs/screening.md).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FirstStage:
 
         Raises:
             ProfileError: risky rows of fewer than two kinds, no other row, or a value that is not
-                finite.
+                finite: with too few rows, or equal ones, a prediction is none.
         """
         states, scores = states.double(), scores.double()
         if not (states.isfinite().all() and scores.isfinite().all()):
@@ -84,11 +84,14 @@ class FirstStage:
             )
         # What tells the two sides apart counts, not how far into its side a row lies.
         sides = scores.clamp(float(scores[~risky].median()), float(scores[risky].median()))
-        clears_below = math.inf
+        lowest = []
         for kind in sorted(set(names)):
             held = torch.tensor([k == kind for k in kinds])
             part = cls._fit(layer, states[~held], sides[~held])
-            clears_below = min(clears_below, float(part.predict(states[held & risky]).min()))
+            lowest.append(part.predict(states[held & risky]).min())
+        clears_below = float(torch.stack(lowest).min())  # NaN if one is, unlike Python's min
+        if not math.isfinite(clears_below):
+            raise ProfileError("the first stage's predictions are not finite; give it more rows")
         return replace(cls._fit(layer, states, sides), clears_below=clears_below)
 
     @classmethod

@@ -19,6 +19,7 @@ PIECE = 8  # bytes: as many as a 64-bit integer holds, so that no piece needs ha
 HASHES, BANDS = 64, 16
 SIMILAR = 0.8  # estimated Jaccard of near-duplicates
 HELD = 0.7  # of a prompt's pieces, in a text that holds it
+_AT_ONCE = 1 << 14  # pieces that are hashed: 8 MiB, however long a text is
 _NO_WORD = re.compile(r"[\W_]+")
 _SEEDS = np.random.default_rng(0).integers(1, 2**63, size=(2, HASHES), dtype=np.uint64)
 
@@ -72,9 +73,14 @@ class NearDuplicates:
     def add(self, text: str) -> None:
         """Take the next text; texts are numbered from 0."""
         multiplier, offset = _SEEDS
-        with np.errstate(over="ignore"):
-            hashed = pieces(text)[:, None] * (multiplier | np.uint64(1)) + offset  # (n, HASHES)
-        self._signatures.append((hashed >> np.uint64(32)).min(axis=0).astype(np.uint32))
+        found = pieces(text)
+        lowest = np.full(HASHES, np.iinfo(np.uint64).max)
+        for start in range(0, len(found), _AT_ONCE):
+            part = found[start : start + _AT_ONCE, None]
+            with np.errstate(over="ignore"):
+                hashed = part * (multiplier | np.uint64(1)) + offset  # (n, HASHES)
+            lowest = np.minimum(lowest, hashed.min(axis=0))
+        self._signatures.append((lowest >> np.uint64(32)).astype(np.uint32))
 
     def groups(self) -> list[list[int]]:
         """Numbers of texts that are nearly the same, largest group first; single ones left out.

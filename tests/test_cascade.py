@@ -137,3 +137,11 @@ def test_a_first_stage_is_not_fitted_on_too_little_or_on_a_nan(spoil: str) -> No
         scores[3] = math.nan
     with pytest.raises(ProfileError, match="first stage"):
         FirstStage.fit(3, states, scores, kinds, threshold=20.0)
+
+
+def test_a_kind_whose_rows_cannot_be_predicted_is_not_left_out_of_the_bar() -> None:
+    states, scores, kinds = reference(2)
+    others = torch.tensor([kind != "kind 0" for kind in kinds])
+    states[others] = 1.0  # equal states: nothing is learnt from them, predictions are NaN
+    with pytest.raises(ProfileError, match="first stage's predictions are not finite"):
+        FirstStage.fit(3, states, scores, kinds, threshold=20.0)

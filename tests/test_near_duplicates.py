@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safeft import near_duplicates
 from safeft.near_duplicates import HELD, KnownPrompts, NearDuplicates, normalise, pieces
 
 WORDS = (
@@ -71,3 +74,15 @@ def test_every_text_is_taken_and_is_like_itself(text: str) -> None:
     assert len(pieces(text)) >= 1
     assert groups([text, text]) == [[0, 1]]
     assert normalise(normalise(text)) == normalise(text)
+
+
+def test_a_long_text_is_taken_in_parts_and_is_like_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    long, other = sentence(1, 400), sentence(2, 400)
+    whole, parts = NearDuplicates(), NearDuplicates()
+    for text in (long, other, f"{long} end"):
+        whole.add(text)
+    monkeypatch.setattr(near_duplicates, "_AT_ONCE", 100)
+    for text in (long, other, f"{long} end"):
+        parts.add(text)
+    assert whole.groups() == parts.groups() == [[0, 2]]
+    assert all(map(np.array_equal, whole._signatures, parts._signatures))

@@ -14,10 +14,13 @@ import pytest
 from jobs.policy import Rules
 from jobs.report.screen_facts import screen_report
 from jobs.report.screen_model import ModuleShare, ScreenReport
-from jobs.report.screen_page import render_screening, write_screen_report
+from jobs.report.screen_page import render_screening, screened_rows, write_screen_report
+from jobs.screening.record import RECORD, bind
+from jobs.screening.scan import scan
+from jobs.screening.sources import find_files
 from jobs.verdict import judge
 from safeft.calibration import calibrate
-from safeft.data import Message, Row, RowProblem
+from safeft.data import Message, Row, RowLimits, RowProblem
 from safeft.errors import InputError
 from safeft.profile import SafetyProfile
 from safeft.prompts import load_prompts
@@ -187,3 +190,34 @@ def test_error_rates_are_shown_with_their_intervals_or_said_to_be_missing(
     assert "1000 rows, 10\u00a0% poisoned" in Page(render_screening(found)).open
     missing = found.model_copy(update={"errors": None})
     assert "Not measured" in Page(render_screening(missing)).open
+
+
+def test_a_file_that_changed_since_it_was_screened_makes_no_report(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row.to_dict()) for row in ROWS[:3]))
+    files, limits = find_files(data), RowLimits()
+    where = tmp_path / "s"
+    where.mkdir()
+    binding = bind(scan(files, limits), "tokenisation", "profile")
+    (where / RECORD).write_text(binding.model_dump_json())
+    assert [row.line for row in screened_rows(files, where)] == [1, 2, 3]
+    data.write_text(data.read_text().replace("wheel", "spoke"))  # as many rows, on the same lines
+    with pytest.raises(InputError, match=r"rows\.jsonl: changed"):
+        list(screened_rows(files, where))
+    data.rename(tmp_path / "others.jsonl")
+    with pytest.raises(InputError, match="other data"):
+        list(screened_rows(find_files(tmp_path / "others.jsonl"), where))
+
+
+def test_of_several_files_the_one_that_a_duplicate_is_in_is_named(
+    tmp_path: Path, profile: SafetyProfile
+) -> None:
+    scores = [{**one, "file": "a.jsonl"} for one in scored(*SCORES[:1])]
+    scores += [{**one, "file": "<b>.jsonl"} for one in scored(*SCORES)[1:]]
+    where = screening(tmp_path / "two", scores, POLICY)
+    verdict = judge(where, Rules(POLICY))
+    found = screen_report("2 files", ROWS, where, verdict, profile, "tiny")
+    (group,) = found.duplicates.groups
+    assert (group.files, group.lines) == (["a.jsonl", "<b>.jsonl"], [1, 2])
+    assert "a.jsonl:1, <b>.jsonl:2" in " ".join(Page(render_screening(found)).open.split())
+    assert report(tmp_path, profile).duplicates.groups[0].files == []

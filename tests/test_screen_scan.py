@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,33 @@ def test_a_file_that_a_directory_would_hide_is_an_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", 1)
     (tmp_path / "more.csv").touch()
     with pytest.raises(InputError, match=r"more\.csv: is neither \.jsonl nor \.parquet"):
+        find_files(tmp_path)
+
+
+def test_a_linked_directory_is_not_left_out_unseen(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for directory in (data, elsewhere):
+        directory.mkdir()
+        write_rows(directory / "rows.jsonl", 1)
+    (data / "more").symlink_to(elsewhere)
+    with pytest.raises(InputError, match=r"data/more: is neither \.jsonl nor \.parquet"):
+        find_files(data)
+
+
+def test_a_directory_that_cannot_be_read_is_not_left_out_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", 1)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # whoever runs the tests may read everything
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="closed: Permission denied"):
         find_files(tmp_path)
 
 

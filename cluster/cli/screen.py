@@ -41,7 +41,7 @@ def screen(
         Path | None, typer.Option(help="Safety profile; by default the model's in the cache.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where rows.parquet and verdict.json go; must not exist.")
+        Path | None, typer.Option(help="Where rows.parquet and verdict.json go, or are.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest row, in tokens.")] = 512,
     scorers: Annotated[int, typer.Option(min=1, help="Scoring workers.")] = 1,
@@ -119,11 +119,11 @@ def show_verdict(verdict: Verdict, data: str, where: Path) -> None:
     if verdict.estimate:
         out.print(str(verdict.estimate))
     if verdict.risky_rows:
-        table = Table("line", "SQSD", "why", title="risky rows")
+        table = Table("file", "line", "SQSD", "why", title="risky rows")
         for row in verdict.risky_rows[:SHOWN_ROWS]:
             score = "-" if row.score is None else f"{row.score:+.2f}"
             why = row.error or f"above {verdict.policy.row_threshold:+.2f}"
-            table.add_row(str(row.line), score, escape(why))
+            table.add_row(escape(row.file), str(row.line), score, escape(why))
         out.print(table)
         if (more := verdict.risky - SHOWN_ROWS) > 0:
             out.print(f"... and {more} more")

@@ -7,6 +7,7 @@ of the rows that are shown.
 from __future__ import annotations
 
 import hashlib
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -115,6 +116,7 @@ class _Gathered:
         self._near = NearDuplicates()
         self._texts: list[bytes] = []
         self._lines: list[int] = []
+        self._files: list[str] = []
         self._risky: list[bool] = []
         self._unflagged: list[FlaggedRow] = []
         self._holding = self._holding_unflagged = 0
@@ -134,16 +136,17 @@ class _Gathered:
         place = self._listed.get((score.get("file", ""), score["line"]))
         holds = None
         if len(self._near) < MAX_COMPARED:
-            holds = self._compare(said, score["line"], risky)
+            holds = self._compare(said, score, risky)
         if place is not None:
             self._shown[place] = _flagged(score, value, text, holds), row
         elif holds is not None and not risky and len(self._unflagged) < SHOWN_GROUPS:
             self._unflagged.append(_flagged(score, value, text, holds))
 
-    def _compare(self, text: str, line: int, risky: bool) -> KnownPrompt | None:
+    def _compare(self, text: str, score: dict[str, Any], risky: bool) -> KnownPrompt | None:
         self._near.add(text)
         self._texts.append(hashlib.sha256(normalise(text).encode(errors="replace")).digest()[:16])
-        self._lines.append(line)
+        self._lines.append(score["line"])
+        self._files.append(sys.intern(score.get("file", "")))
         self._risky.append(risky)
         best = self._known.closest(text)
         if best is None:
@@ -189,12 +192,13 @@ class _Gathered:
         )
 
     def _group(self, members: list[int]) -> Group:
-        exact = Counter(self._texts[i] for i in members)
+        exact, shown = Counter(self._texts[i] for i in members), members[:SHOWN_LINES]
         return Group(
             size=len(members),
             exact=len(members) - len(exact),
             risky=sum(self._risky[i] for i in members),
-            lines=[self._lines[i] for i in members[:SHOWN_LINES]],
+            lines=[self._lines[i] for i in shown],
+            files=[self._files[i] for i in shown] if len(set(self._files)) > 1 else [],
         )
 
 

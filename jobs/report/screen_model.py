@@ -57,13 +57,14 @@ class FlaggedRow(_Part):
 
 class Group(_Part):
     """Rows that are nearly the same: how many, how many repeat another one exactly, how many are
-    risky, and the lines of some.
+    risky, and the lines of some; ``files``: of each line its file, where a dataset has several.
     """
 
     size: Count
     exact: Count
     risky: Count
     lines: list[int]
+    files: list[str]
 
 
 class Bucket(_Part):

@@ -11,10 +11,13 @@ from jobs.report.row_modules import explainer
 from jobs.report.screen_facts import screen_report
 from jobs.report.screen_model import ScreenReport
 from jobs.report.strips import Strip, calibration_strips, draw_strips
+from jobs.screening.record import read_binding
+from jobs.screening.scan import changed
 from jobs.screening.sources import DataFile, Source, find_files
 from jobs.verdict import Verdict
-from safeft.cache import write_whole
+from safeft.cache import sha256_file, write_whole
 from safeft.data import Row, RowLimits, RowProblem, iter_rows
+from safeft.errors import InputError
 from safeft.models import resolve, weights_hash
 from safeft.profile import SafetyProfile
 from safeft.screen_policy import is_risky
@@ -36,15 +39,26 @@ def report_screening(
     explain = explainer(model_dir, profile, max_tokens)
     files = find_files(data)
     name = files[0].name if len(files) == 1 else f"{len(files)} files"
-    report = screen_report(name, _rows(files), where, verdict, profile, model, explain)
+    report = screen_report(
+        name, screened_rows(files, where), where, verdict, profile, model, explain
+    )
     write_screen_report(report, page)
 
 
-def _rows(files: Sequence[DataFile]) -> Iterator[Row | RowProblem]:
-    limits = RowLimits()
-    for file in files:
+def screened_rows(files: Sequence[DataFile], where: Path) -> Iterator[Row | RowProblem]:
+    """The rows of a dataset, to the end only if they are those that were screened into `where`.
+
+    Raises:
+        InputError: they are others.
+    """
+    held, limits = read_binding(where), RowLimits()
+    if held is None or [one.name for one in held.files] != [file.name for file in files]:
+        raise InputError(f"{where} holds the screening of other data; screen these")
+    for file, screened in zip(files, held.files, strict=True):
         with file.opened(limits) as path:
             yield from iter_rows(path, limits)
+            if sha256_file(path) != screened.sha256:
+                raise changed(file)
 
 
 def write_screen_report(report: ScreenReport, path: Path) -> Path:

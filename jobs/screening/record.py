@@ -55,15 +55,19 @@ def bind(scan: Scan, tokenisation: str, profile: str) -> Binding:
     return Binding(files=files, data_sha256=scan.sha256, tokenisation=tokenisation, profile=profile)
 
 
+def read_binding(directory: Path) -> Binding | None:
+    """What a finished screening is bound to; None: there is none that can be read."""
+    try:
+        return Binding.model_validate_json((directory / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def require_same(directory: Path, binding: Binding) -> None:
     """Check that `directory` holds the finished screening of exactly this.
 
     Raises:
         InputError: it holds something else.
     """
-    try:
-        held = Binding.model_validate_json((directory / RECORD).read_bytes())
-    except (OSError, ValueError):
-        held = None
-    if held != binding:
+    if read_binding(directory) != binding:
         raise InputError(f"{directory} holds the screening of other data; choose another output")

@@ -18,6 +18,7 @@ from safeft.data import RowLimits
 from safeft.errors import InputError
 
 Source = str | Path
+_HIDDEN = (".", "_")
 _ENDINGS = tuple(kind + packed for kind in (".jsonl", ".parquet") for packed in ("", ".gz", ".zst"))
 
 
@@ -94,8 +95,7 @@ def _expand(source: str) -> list[DataFile]:
             found = {url: found[url] for url in _data_files(found, source)}
         files = [DataFile(url, "", etag) for url, etag in found.items()]
     elif os.path.isdir(source):
-        below = (p for p in Path(os.path.abspath(source)).rglob("*") if p.is_file())
-        files = [DataFile(path, "") for path in _data_files(map(str, below), source)]
+        files = [DataFile(path, "") for path in _data_files(_below(source), source)]
     elif glob.has_magic(source) and not os.path.exists(source):
         matched = (os.path.abspath(p) for p in glob.glob(source, recursive=True))
         files = [DataFile(path, "") for path in sorted(matched) if os.path.isfile(path)]
@@ -106,12 +106,32 @@ def _expand(source: str) -> list[DataFile]:
     return files
 
 
+def _below(root: str) -> Iterator[str]:
+    """Everything below a directory that is no directory to go into.
+
+    A link to a directory is not followed, it might lead in a circle; as it is no data file either,
+    `_data_files` refuses it.
+
+    Raises:
+        InputError: a directory cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}") from None
+
+    for directory, names, files in os.walk(os.path.abspath(root), onerror=refuse):
+        names[:] = [name for name in names if not name.startswith(_HIDDEN)]
+        yield from (os.path.join(directory, name) for name in files)
+        linked = (os.path.join(directory, name) for name in names)
+        yield from filter(os.path.islink, linked)
+
+
 def _data_files(paths: Iterable[str], root: str) -> list[str]:
     kept = []
     base = root if root.startswith("s3://") else os.path.abspath(root)
     for path in sorted(paths):
         below = path[len(base) :].strip("/").split("/")
-        if any(part.startswith((".", "_")) for part in below):
+        if any(part.startswith(_HIDDEN) for part in below):
             continue
         if not path.endswith(_ENDINGS):
             raise InputError(
