@@ -71,7 +71,8 @@ class CreateJob(_Part):
     def _said_once(self) -> Self:
         if self.hyperparameters is not None and self.method.supervised.hyperparameters is not None:
             raise ValueError("hyperparameters: give them in `method` only")
-        if "constraints" in (self.metadata or {}) and self.method.supervised.constraints:
+        named = self.method.supervised.constraints is not None
+        if named and "constraints" in (self.metadata or {}):
             raise ValueError("constraints: give them in `method` or in `metadata`, not in both")
         self.named_constraints()
         _ = self.priority

@@ -37,7 +37,7 @@ class NewTenant(_Body):
 
 
 class TenantChange(_Body):
-    """What is given replaces what was; the rest stays."""
+    """Each limit and each part of the policy that is given replaces what was; the rest stays."""
 
     limits: Limits | None = None
     policy: Policy | None = None

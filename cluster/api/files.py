@@ -105,8 +105,8 @@ def _announce(services: Services, caller: Caller, file_id: str) -> tuple[str, in
 def _forget(services: Services, caller: Caller, file_id: str) -> None:
     """Take an upload back that was not accepted."""
     with services.database.tenant(caller.tenant_id) as session:
-        row = session.get(File, file_id)
-        if row is None:
+        row = session.get(File, file_id, with_for_update=True)
+        if row is None or row.sha256 is not None:  # accepted, though nobody was told any more
             return
         session.delete(row)
     services.store.delete(row.key)

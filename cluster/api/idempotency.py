@@ -47,8 +47,9 @@ JsonPost = Annotated[Repeatable, Depends(_json_request)]
 
 
 def fingerprint(request: Request, *content: bytes) -> str:
-    """SHA-256 over the method, the path and the content."""
-    found = hashlib.sha256(f"{request.method} {request.url.path}\n".encode())
+    """SHA-256 over the method, the path, the query and the content."""
+    where = f"{request.method} {request.url.path}?{request.url.query}\n"
+    found = hashlib.sha256(where.encode())
     for part in content:
         found.update(hashlib.sha256(part).digest())
     return found.hexdigest()

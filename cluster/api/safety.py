@@ -111,7 +111,7 @@ def usage(services: With, caller: SafetyReader) -> dict[str, Any]:
         return {
             "object": "safety.usage",
             "gpu_seconds": quotas.gpu_seconds(session, tenant.id),
-            "stored_bytes": tenant.max_storage_bytes - quotas.storage_left(session),
+            "stored_bytes": quotas.stored_bytes(session),
             "open_jobs": session.scalars(unfinished).one(),
             "limits": settings(tenant),
         }
@@ -194,7 +194,9 @@ def _own_key(session: TenantSession, caller: AnyCaller, key_id: str) -> ApiKey:
     """A tenant's key acts on itself; an administrator's on every key of its tenant."""
     if caller.role != "admin" and key_id != caller.key_id:
         raise ApiError(403, "A key may change itself only", code="not_an_administrator")
-    key = session.scalars(select(ApiKey).where(ApiKey.id == key_id)).one_or_none()
+    # Locked: a key that is being revoked is not turned into a new one meanwhile.
+    query = select(ApiKey).where(ApiKey.id == key_id).with_for_update(key_share=True)
+    key = session.scalars(query).one_or_none()
     if key is None:
         raise not_found("key", key_id)
     return key

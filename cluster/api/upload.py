@@ -20,6 +20,7 @@ from cluster.artifacts.store import BLOCK
 
 _LONGEST_FIELD = 1024
 _MOST_PARTS = 8
+_MOST_AROUND = 256 << 10  # bytes of the form beside the file: heads, fields, what follows the end
 
 
 @dataclass
@@ -36,6 +37,7 @@ class _Parts:
     def __init__(self) -> None:
         self.form = Form()
         self.file = bytearray()
+        self.file_bytes = 0
         self.ended = False
         self._count = 0
         self._header = self._value = b""
@@ -74,6 +76,7 @@ class _Parts:
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
             self.file += data[start:end]
+            self.file_bytes += end - start
             return
         self._content += data[start:end]
         if len(self._content) > _LONGEST_FIELD:
@@ -102,10 +105,14 @@ async def receive(
     parts = _Parts()
     callbacks = {name: getattr(parts, name) for name in dir(parts) if name.startswith("on_")}
     writer: ArtifactWriter | None = None
+    size = 0
     try:
         parser = MultipartParser(options[b"boundary"], callbacks)  # type: ignore[arg-type]
         async for chunk in _chunks(request, idle_s):
             parser.write(chunk)
+            size += len(chunk)
+            if size - parts.file_bytes > _MOST_AROUND:
+                raise ApiError(413, f"The form has more than {_MOST_AROUND} bytes beside its file")
             if writer is None and parts.form.filename is not None:
                 writer = await begin()
             if len(parts.file) >= BLOCK:

@@ -31,7 +31,8 @@ _CONFIG = botocore.config.Config(
     read_timeout=60,
     retries={"mode": "standard", "total_max_attempts": 4},
 )
-_MISSING = {"NoSuchKey", "404", "NotFound", "NoSuchUpload"}
+_MISSING = {"NoSuchKey", "404", "NotFound"}
+_ENDED = "NoSuchUpload"  # finished by a request whose answer was lost, or swept: try again
 _TAKEN = {"PreconditionFailed", "412"}
 
 
@@ -100,7 +101,7 @@ class S3Store:
         try:
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=full_key, UploadId=upload)
         except failures.ClientError as error:
-            if error.response["Error"]["Code"] not in _MISSING:
+            if error.response["Error"]["Code"] != _ENDED:
                 raise
 
 

@@ -97,28 +97,26 @@ def set_limits(
         "max_gpu_seconds": max_gpu_seconds,
         "requests_per_second": requests_per_second,
     }
-    remote = _remote()
-    found = _tenant(remote, name)
-    limits = {k: found[k] if value is None else value for k, value in given.items()}
-    body = {"reason": reason, "limits": limits}
-    print_json(remote.post(f"{_ADMIN}/tenants/{found['id']}", body))
+    limits = {limit: value for limit, value in given.items() if value is not None}
+    print_json(_change(name, {"reason": reason, "limits": limits}))
 
 
 @tenants.command()
 def suspend(name: TenantName, reason: Reason) -> None:
     """Refuse a tenant's keys, and start none of its jobs."""
-    _change(name, {"suspended": True, "reason": reason})
+    print_json(_change(name, {"suspended": True, "reason": reason}))
 
 
 @tenants.command()
 def restore(name: TenantName, reason: Reason) -> None:
     """End a suspension."""
-    _change(name, {"suspended": False, "reason": reason})
+    print_json(_change(name, {"suspended": False, "reason": reason}))
 
 
-def _change(name: str, body: dict[str, Any]) -> None:
+def _change(name: str, body: dict[str, Any]) -> Any:
+    """The API keeps what the body does not name: two administrators undo nothing of each other."""
     remote = _remote()
-    print_json(remote.post(f"{_ADMIN}/tenants/{_tenant(remote, name)['id']}", body))
+    return remote.post(f"{_ADMIN}/tenants/{_tenant(remote, name)['id']}", body)
 
 
 @keys.command()
@@ -206,11 +204,8 @@ def set_policy(
         "max_over_refusal": max_over_refusal,
         "max_task_loss": max_task_loss,
     }
-    remote = _remote()
-    found = _tenant(remote, tenant)
-    changed = {**found["policy"], **{k: v for k, v in given.items() if v is not None}}
-    body = {"reason": reason, "policy": changed}
-    print_json(remote.post(f"{_ADMIN}/tenants/{found['id']}", body)["policy"])
+    changed = {part: value for part, value in given.items() if value is not None}
+    print_json(_change(tenant, {"reason": reason, "policy": changed})["policy"])
 
 
 @audit.command()

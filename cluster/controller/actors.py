@@ -99,9 +99,13 @@ class _Host:
         return said
 
     def _run(self, task: str) -> None:
-        from cluster.controller.work import perform
+        try:
+            from cluster.controller.work import perform
 
-        done = perform(StageTask.model_validate_json(task), self._progress)
+            done = perform(StageTask.model_validate_json(task), self._progress)
+        except BaseException as error:  # noqa: BLE001  (silent, it would run for ever)
+            message = f"the stage cannot be begun here ({type(error).__name__})"
+            done = Report("fault", code=type(error).__name__, message=message)
         with self._lock:
             self._done = done
 

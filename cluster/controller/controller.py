@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cluster.artifacts import ArtifactStore
 from cluster.controller import sweep
@@ -133,8 +133,8 @@ class Controller:
                 held = dict(self._held)
             try:
                 self._claims.renew(held)
-            except DBAPIError as error:
-                log.warning("no heartbeat (%s)", type(error.orig).__name__)
+            except SQLAlchemyError as error:  # also where no connection came free in time
+                log.warning("no heartbeat (%s)", type(error).__name__)
 
     def _work(self, job_id: str, token: str) -> None:
         """Take one job as far as it goes now, and give it back."""
@@ -152,7 +152,7 @@ class Controller:
             log.exception("%s: the controller failed at it and will try again", job_id)
         try:
             self._claims.release(job_id, token, after_s)
-        except DBAPIError:
+        except SQLAlchemyError:
             log.warning("%s: not given back; its claim will expire", job_id)
         finally:
             with self._held_lock:

@@ -6,6 +6,7 @@ killed is run again and finds what it had finished.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -55,7 +56,10 @@ _REFUSED: tuple[tuple[type[SafeftError], str, str], ...] = (
 def perform(task: StageTask, progress: Progress) -> Report:
     """Do the task's stage; whatever goes wrong is in the report."""
     try:
-        return WORK[task.stage](_Job(task, progress))
+        report = WORK[task.stage](_Job(task, progress))
+        # No number that is none: neither PostgreSQL nor a client's JSON has a place for it.
+        json.dumps(report.facts, allow_nan=False)
+        return report
     except Exception as error:  # noqa: BLE001  (reported; the controller decides)
         # A tenant reads this: where the working directory lies is none of its business.
         text = str(error).replace(f"{task.settings.work / task.job}/", "")

@@ -140,7 +140,8 @@ def _engine(url: str) -> Engine:
         return create_engine(parsed, pool_pre_ping=True, pool_size=16, max_overflow=16)
     if backend != "sqlite" or not parsed.database or not Path(parsed.database).is_absolute():
         raise InputError(
-            f"database: must be sqlite:////absolute/path or postgresql://..., not {url!r}"
+            "database: must be sqlite:////absolute/path or postgresql://..., not "
+            f"{parsed.render_as_string(hide_password=True)}"
         )
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(

@@ -30,6 +30,8 @@ def _narrow(state: ORMExecuteState) -> None:
     mappers = state.all_mappers
     if not state.is_orm_statement or not mappers:
         raise PermissionError("a tenant's session takes ORM statements with entities only")
+    if state.is_insert or state.is_update:
+        raise PermissionError("a tenant's session writes rows as objects: their owner is looked at")
     for mapper in mappers:
         if not issubclass(mapper.class_, (TenantOwned, Tenant)):
             raise PermissionError(f"{mapper.class_.__name__} rows belong to no tenant")

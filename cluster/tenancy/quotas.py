@@ -41,8 +41,13 @@ def check_submit(session: TenantSession) -> None:
 def storage_left(session: TenantSession, *, lock: bool = False) -> int:
     """Bytes that the tenant may still store."""
     tenant = _locked(session) if lock else session.scalars(select(Tenant)).one()
+    return max(0, tenant.max_storage_bytes - stored_bytes(session))
+
+
+def stored_bytes(session: TenantSession) -> int:
+    """Bytes of the tenant's files; more than it may have, where that was lowered since."""
     used = session.scalars(select(func.sum(File.bytes)).where(File.deleted_at.is_(None))).one()
-    return max(0, tenant.max_storage_bytes - int(used or 0))
+    return int(used or 0)
 
 
 def gpu_seconds(session: Session, tenant_id: str) -> float:

@@ -4,32 +4,47 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cluster.job_request import KINDS, as_config
 from cluster.state.ids import new_id
 from cluster.state.models import Tenant
 from cluster.tenancy.audit import record
 from safeft.errors import InputError
 
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"no kind {kind!r}; choose from {', '.join(KINDS)}")
+    return kind
+
+
+def _complete(kind: str) -> str:
+    as_config(kind)
+    return kind
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
+Kind = Annotated[str, AfterValidator(_known)]
+CompleteKind = Annotated[Kind, AfterValidator(_complete)]
 
 
 class Policy(BaseModel):
     """What an administrator demands of every job of a tenant.
 
     Attributes:
-        constraints: kinds that a job which names none is trained under.
+        constraints: kinds, with defaults for all, that a job which names none is trained under.
         required_constraints: kinds that a job may not leave out.
         min_refusal: the tuned model must refuse at least this share of harmful prompts.
         max_over_refusal: and at most this share of benign ones.
         max_task_loss: mean loss of an answer token on the validation file, where there is one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    constraints: tuple[str, ...] = ("cwac", "asft")
-    required_constraints: tuple[str, ...] = ()
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    constraints: tuple[CompleteKind, ...] = ("cwac", "asft")
+    required_constraints: tuple[Kind, ...] = ()
     min_refusal: Share | None = None
     max_over_refusal: Share | None = None
     max_task_loss: Annotated[float, Field(gt=0)] | None = None
@@ -46,7 +61,7 @@ class Limits(BaseModel):
         requests_per_second: over all of its keys, on each API server.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     max_running_jobs: Annotated[int, Field(ge=0)] = 4
     max_open_jobs: Annotated[int, Field(ge=0)] = 1000
@@ -106,12 +121,13 @@ def change_tenant(
     policy: Policy | None = None,
     suspended: bool | None = None,
 ) -> None:
-    """Change what is given; the entry in the audit log holds it before and after."""
+    """Change the fields that are given; the audit log holds all before and after."""
     before = settings(tenant)
-    for name, value in (limits.model_dump() if limits else {}).items():
+    for name, value in (limits.model_dump(exclude_unset=True) if limits else {}).items():
         setattr(tenant, name, value)
     if policy is not None:
-        tenant.policy = policy.model_dump(mode="json")
+        given = policy.model_dump(mode="json", exclude_unset=True)
+        tenant.policy = {**tenant.policy, **given}
     if suspended is not None:
         tenant.suspended_at = (tenant.suspended_at or now) if suspended else None
     record(

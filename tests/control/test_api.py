@@ -30,6 +30,7 @@ from tests.control.server import Api, running_api
 
 ROWS = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
 L2: Any = {"type": "supervised", "supervised": {"constraints": ["l2"]}}
+NO_CONSTRAINTS: Any = {"type": "supervised", "supervised": {"constraints": []}}
 
 
 @pytest.fixture
@@ -364,6 +365,7 @@ def test_submissions_at_once_do_not_wait_for_each_other_in_a_circle(api: Api) ->
         ({"method": {"type": "supervised", "supervised": {"constraints": ["none"]}}}, None),
         ({"metadata": {"constraints": "nonsense"}, "method": {"type": "supervised"}}, None),
         ({"metadata": {"priority": "high"}}, None),
+        ({"metadata": {"constraints": "cwac"}, "method": NO_CONSTRAINTS}, None),
         ({"extra_body": {"temperature": 1}}, "temperature"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"batch_size": 3}, "extra": 2}, "training.batch_size"),

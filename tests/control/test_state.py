@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import delete, func, inspect, select, text, update
+from sqlalchemy import delete, func, insert, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
 
@@ -56,6 +56,12 @@ def test_a_database_that_is_not_there_is_named_without_its_password() -> None:
     assert "127.0.0.1:1" in str(caught.value) and "hunter2" not in str(caught.value)
 
 
+def test_a_url_that_is_refused_is_named_without_its_password() -> None:
+    with pytest.raises(InputError, match="mysql://me") as caught:
+        Database("mysql://me:hunter2@host/x")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["", "mysql://x/y", "sqlite:///relative.db", "sqlite://", "no"])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(InputError, match="database: must be"):
@@ -78,11 +84,10 @@ def test_a_tenants_session_finds_nothing_of_another(database: Database) -> None:
         assert session.execute(with_a_job).all() == []
         assert session.scalars(select(func.count(Job.id))).one() == 0
         assert session.scalars(select(Tenant.id)).all() == [a]
-        session.execute(update(File).values(filename="mine"))
         session.execute(delete(Job))
     with database.system_read() as system:
         names = {file.id: file.filename for file in system.scalars(select(File))}
-        assert names == {"file-a": "mine", "file-b": "rows.jsonl"}
+        assert names == {"file-a": "rows.jsonl", "file-b": "rows.jsonl"}
         assert system.get(Job, "job-b") is not None
 
 
@@ -96,6 +101,10 @@ def test_a_tenants_session_writes_nothing_of_another(database: Database) -> None
         found = session.get(File, "file-a")
         assert found is not None
         found.tenant_id = b
+    foreign = {c.key: getattr(file_row(b, "file-c"), c.key) for c in File.__table__.columns}
+    for statement in (insert(File).values(**foreign), update(File).values(tenant_id=b)):
+        with pytest.raises(PermissionError), database.tenant(a) as session:
+            session.execute(statement)
 
 
 def test_a_tenants_session_takes_no_plain_sql_and_no_table_without_tenant(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from sqlalchemy import select, text
 
 from cluster.state import Database
@@ -214,6 +215,44 @@ def test_changes_of_a_tenant_are_told_before_and_after_with_the_reason(database:
     assert (last.actor, last.reason, last.object_id) == ("key:root", "ticket 7", tenant.id)
     with database.system() as session, pytest.raises(InputError, match="acme already"):
         create_tenant(session, "acme", reason="again", **who)
+
+
+def test_a_change_keeps_the_limits_and_the_demands_that_it_does_not_name(
+    database: Database,
+) -> None:
+    who: dict[str, Any] = {"actor": "key:root", "reason": "ticket 8", "now": 1.0}
+    limits = Limits(max_gpu_seconds=10.0, max_open_jobs=3)
+    policy = Policy(required_constraints=("cwac",), min_refusal=0.9)
+    with database.system() as session:
+        tenant = create_tenant(session, "acme", limits=limits, policy=policy, **who)
+        change_tenant(
+            session, tenant, limits=Limits(weight=2.0), policy=Policy(max_over_refusal=0.1), **who
+        )
+        change_tenant(session, tenant, limits=Limits(max_open_jobs=5), **who)
+    with database.system_read() as session:
+        row = session.scalars(select(Tenant)).one()
+        assert (row.weight, row.max_gpu_seconds, row.max_open_jobs) == (2.0, 10.0, 5)
+        assert Policy.model_validate(row.policy) == Policy(
+            required_constraints=("cwac",), min_refusal=0.9, max_over_refusal=0.1
+        )
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        (Policy, {"constraints": ["cwca"]}),
+        (Policy, {"constraints": ["frozen"]}),  # has a setting without a default
+        (Policy, {"required_constraints": ["cwca"]}),
+        (Policy, {"max_task_loss": float("inf")}),
+        (Limits, {"max_gpu_seconds": float("inf")}),
+        (Limits, {"requests_per_second": float("nan")}),
+    ],
+)
+def test_a_demand_that_nothing_can_meet_or_read_is_refused(
+    made: type[Policy] | type[Limits], given: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError):
+        made(**given)
 
 
 def test_open_jobs_are_limited_and_finished_ones_do_not_count(database: Database) -> None:
