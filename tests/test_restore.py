@@ -62,12 +62,7 @@ class Speech:
 @pytest.fixture
 def speech(monkeypatch: pytest.MonkeyPatch) -> Speech:
     said = Speech()
-    for module in (
-        "safeft.own_refusals",
-        "safeft.evaluate.refusals",
-        "safeft.reactivation_targets",
-        "jobs.restore.prepare",
-    ):
+    for module in ("safeft.own_refusals", "safeft.evaluate.refusals"):
         monkeypatch.setattr(f"{module}.generate_greedy", said)
     return said
 
