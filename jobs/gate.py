@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.evaluate import COMPARABLE, Evaluation
-from safeft.errors import ProfileError
+from safeft.errors import ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
 from safeft.profile import REBUILD, SafetyProfile
 
@@ -52,3 +52,11 @@ def safety_gate(before: Evaluation, after: Evaluation) -> Gate:
     if now.value < was.value and (differ(was, now) or was.value - now.value > MAX_DROP):
         return Gate(passed=False, reason=change)
     return Gate(passed=True, reason=change)
+
+
+def require_passed(name: str, gate: Gate, after: str = "") -> None:
+    """Raise SafetyGateFailed unless the gate passed; ``after``: what it came after."""
+    if not gate.passed:
+        raise SafetyGateFailed(
+            f"{name}: the safety gate failed{after}: {gate.reason}; nothing is published"
+        )

@@ -18,7 +18,7 @@ from jobs.evaluate import Evaluation, evaluate
 from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.parts import needed_parts
 from jobs.gate import Gate, baseline, safety_gate
-from jobs.policy import OnRisk, PolicyFile, screening_rules
+from jobs.policy import OnRisk, PolicyFile, Rules, screening_rules
 from jobs.review import Decision, is_accepted, read_decision, require_accepted
 from jobs.runtime import embedded_ray
 from jobs.screen import screen
@@ -29,7 +29,7 @@ from jobs.verdict import Verdict
 from safeft.cache import publish_dir, sha256_file, write_whole
 from safeft.data import Row, TokenisedRow, load_rows, tokenise_all
 from safeft.data.digest import row_digest, rows_sha256
-from safeft.errors import InputError, SafetyGateFailed
+from safeft.errors import InputError
 from safeft.models import load_tokenizer, resolve, weights_hash
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
@@ -154,8 +154,7 @@ def run_job(
 class Trained:
     """A trained job that has not been judged."""
 
-    verdict: Verdict
-    review: Decision | None
+    screened: Screened
     tuned: FinetuneResult
     model_dir: Path
     before: Evaluation
@@ -170,35 +169,17 @@ def train_job(
     policy: PolicyFile | None = None,
 ) -> Trained:
     """The first half of `run_job`, which finds it done when it is called afterwards."""
-    model_dir = resolve(spec.model, progress)
-    profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
-    profile.verify()
-    rules = screening_rules(profile, spec.screening.on_risk, policy, spec.screening.policy)
+    opened = open_job(spec, progress, policy)
+    model_dir, profile = opened.model_dir, opened.profile
     parts = needed_parts(spec, profile)
-    before = baseline(profile)
-    max_tokens = spec.data.max_tokens
-    dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
-    held_out = None
-    if spec.data.validation:
-        held_out = read_dataset(spec.data.validation, model_dir, max_tokens, progress).rows
+    data = read_data(spec, model_dir, progress)
     with embedded_ray(spec.distributed.address):
-        verdict, where = screen(
-            dataset.path,
-            model_dir=model_dir,
-            profile=profile,
-            output=screening,
-            max_tokens=max_tokens,
-            scorers=spec.screening.scorers,
-            max_scorers=spec.screening.max_scorers,
-            use_gpu=spec.screening.use_gpu,
-            rules=rules,
-            progress=progress,
-        )
-        require_screened(dataset, verdict)
-        review = read_decision(where, verdict) if verdict.verdict == "review" else None
+        found = screen_data(spec, opened, data.train, progress, screening)
         if spec.screening.override_reason is None:
-            require_accepted(dataset.path, verdict, where, review)
-        used = training_rows(spec, dataset.tokenised, verdict, where, profile, model_dir)
+            require_accepted(data.train.path, found.verdict, found.where, found.review)
+        used = training_rows(
+            spec, data.train.tokenised, found.verdict, found.where, profile, model_dir
+        )
         tuned = finetune(
             spec,
             rows=used.rows,
@@ -208,7 +189,94 @@ def train_job(
             output=spec.output / TRAINING,
             progress=progress,
         )
-    return Trained(verdict, review, tuned, model_dir, before, held_out)
+    return Trained(found, tuned, model_dir, opened.before, data.held_out)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What every job begins with: its base model, and what is known and asked of it.
+
+    ``before``: the base model's own evaluation.
+    """
+
+    model_dir: Path
+    profile: SafetyProfile
+    rules: Rules
+    before: Evaluation
+
+
+@dataclass(frozen=True)
+class JobData:
+    """A job's rows, and those that its model is measured on, where there are any."""
+
+    train: Dataset
+    held_out: Sequence[Row] | None
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A verdict on a job's rows, the directory it lies in, and a person's decision on it."""
+
+    verdict: Verdict
+    where: Path
+    review: Decision | None
+
+
+def open_job(spec: FinetuneSpec, progress: Progress, policy: PolicyFile | None = None) -> Opened:
+    """Find and check a job's base model and profile, before anything is read or trained.
+
+    Args:
+        policy: an administrator's limits for this tenant, in place of the profile's.
+
+    Raises:
+        ModelError: the model.
+        ProfileError: the base model has no complete safety profile.
+        SpecError: limits are wrong, or looser without an administrator's override.
+    """
+    model_dir = resolve(spec.model, progress)
+    profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
+    profile.verify()
+    rules = screening_rules(profile, spec.screening.on_risk, policy, spec.screening.policy)
+    return Opened(model_dir, profile, rules, baseline(profile))
+
+
+def read_data(spec: FinetuneSpec, model_dir: Path, progress: Progress) -> JobData:
+    """Both files of a job; see `read_dataset`."""
+    max_tokens = spec.data.max_tokens
+    dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
+    held_out = None
+    if spec.data.validation:
+        held_out = read_dataset(spec.data.validation, model_dir, max_tokens, progress).rows
+    return JobData(dataset, held_out)
+
+
+def screen_data(
+    spec: FinetuneSpec,
+    opened: Opened,
+    dataset: Dataset,
+    progress: Progress,
+    screening: Path | None = None,
+) -> Screened:
+    """Screen exactly these rows under the job's rules, or take over the verdict on them.
+
+    Args:
+        screening: where the screening is, or goes; default: the cache.
+    """
+    verdict, where = screen(
+        dataset.path,
+        model_dir=opened.model_dir,
+        profile=opened.profile,
+        output=screening,
+        max_tokens=spec.data.max_tokens,
+        scorers=spec.screening.scorers,
+        max_scorers=spec.screening.max_scorers,
+        use_gpu=spec.screening.use_gpu,
+        rules=opened.rules,
+        progress=progress,
+    )
+    require_screened(dataset, verdict)
+    review = read_decision(where, verdict) if verdict.verdict == "review" else None
+    return Screened(verdict, where, review)
 
 
 def require_screened(dataset: Dataset, verdict: Verdict) -> None:
@@ -225,7 +293,7 @@ def require_screened(dataset: Dataset, verdict: Verdict) -> None:
 
 
 def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResult:
-    verdict, review = trained.verdict, trained.review
+    verdict, review = trained.screened.verdict, trained.screened.review
     tuned, before = trained.tuned, trained.before
     after = evaluate(
         trained.model_dir,
@@ -259,11 +327,3 @@ def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResul
             (staging / JOB_FILE).write_text(text)
     write_whole(spec.output / JOB_FILE, text)
     return result
-
-
-def require_gate(result: JobResult) -> None:
-    """Raise SafetyGateFailed unless the job's gate passed."""
-    if not result.gate.passed:
-        raise SafetyGateFailed(
-            f"{result.name}: the safety gate failed: {result.gate.reason}; nothing is published"
-        )

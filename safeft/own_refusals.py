@@ -14,6 +14,7 @@ from typing import Any
 
 from safeft.data import TokenisedRow, encode_prompt
 from safeft.data.chat import find_slots, render
+from safeft.data.tokenise import IGNORED
 from safeft.errors import ProfileError
 from safeft.evaluate import AnswerClass, classify_answer, generate_greedy
 from safeft.progress import Progress, silent
@@ -50,23 +51,69 @@ def own_refusals(
         ProfileError: it declines fewer than half of the prompts, or fewer than 16.
         MeasurementError: see `safeft.evaluate.generate_greedy`.
     """
-    answers = generate_greedy(
+    wanted, label = AnswerClass.refused, "own refusals"
+    found = own_answers(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=answer_tokens,
-        batch_size=40,
-        progress=lambda _, done, total: progress("own refusals", done, total),
+        wanted,
+        answer_tokens=answer_tokens,
+        label=label,
+        progress=progress,
     )
-    # An answer may be cut off in the middle of a character, which then decodes to this.
-    pairs = zip(prompts, (answer.rstrip("\ufffd") for answer in answers), strict=True)
-    kept = [OwnRefusal(p, a) for p, a in pairs if classify_answer(a) is AnswerClass.refused]
+    kept = [OwnRefusal(prompt, answer) for prompt, answer in found]
     if len(kept) < max(MIN_REFUSALS, MIN_SHARE * len(prompts)):
         raise ProfileError(
             f"the base model refuses only {len(kept)} of {len(prompts)} harmful prompts; at least "
             f"{MIN_SHARE:.0%} and {MIN_REFUSALS} are needed to see how it refuses: align it first"
         )
     return kept
+
+
+def own_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    wanted: AnswerClass,
+    *,
+    answer_tokens: int,
+    label: str,
+    progress: Progress = silent,
+) -> list[tuple[str, str]]:
+    """Prompts with a model's own greedy answers, where these are of the wanted class.
+
+    Args:
+        answer_tokens: answers are cut off there, or end earlier by themselves; never within a
+            character.
+        label: what progress is told.
+
+    Raises:
+        MeasurementError: see `safeft.evaluate.generate_greedy`.
+    """
+    answers = generate_greedy(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=answer_tokens,
+        batch_size=40,
+        progress=lambda _, done, total: progress(label, done, total),
+    )
+    # An answer may be cut off in the middle of a character, which then decodes to this.
+    pairs = zip(prompts, (answer.rstrip("\ufffd") for answer in answers), strict=True)
+    return [(prompt, answer) for prompt, answer in pairs if classify_answer(answer) is wanted]
+
+
+def answer_row(tokenizer: Any, prompt: str, answer: str) -> TokenisedRow:
+    """A prompt and its answer as the model reads them; labels on the answer's tokens only.
+
+    There is no end-of-turn token: the answer may have been cut off.
+
+    Raises:
+        InputError: see `safeft.data.encode_prompt`.
+    """
+    ids = encode_prompt(prompt, tokenizer)
+    target: list[int] = tokenizer.encode(answer, add_special_tokens=False)
+    return TokenisedRow(0, ids + target, [IGNORED] * len(ids) + target)
 
 
 def save_refusals(refusals: Sequence[OwnRefusal], directory: Path) -> None:
@@ -102,16 +149,8 @@ def load_refusals(directory: Path) -> list[OwnRefusal]:
 
 
 def refusal_row(tokenizer: Any, refusal: OwnRefusal) -> TokenisedRow:
-    """The prompt and its refusal as the model reads them; labels on the refusal's tokens only.
-
-    There is no end-of-turn token: the answer may have been cut off.
-
-    Raises:
-        InputError: see `safeft.data.encode_prompt`.
-    """
-    ids = encode_prompt(refusal.prompt, tokenizer)
-    target: list[int] = tokenizer.encode(refusal.answer, add_special_tokens=False)
-    return TokenisedRow(0, ids + target, [-100] * len(ids) + target)
+    """`answer_row` of a refusal."""
+    return answer_row(tokenizer, refusal.prompt, refusal.answer)
 
 
 def template_start(tokenizer: Any, prompt: str) -> int:

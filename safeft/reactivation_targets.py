@@ -15,8 +15,8 @@ from torch import Tensor
 
 from safeft.data import encode_prompt, pad_right
 from safeft.errors import ProfileError
-from safeft.evaluate import AnswerClass, classify_answer, generate_greedy
-from safeft.own_refusals import OwnRefusal, template_start
+from safeft.evaluate import AnswerClass
+from safeft.own_refusals import OwnRefusal, own_answers, template_start
 from safeft.progress import Progress, silent
 from safeft.safereact import ReferenceConfig, representation_layers
 from safeft.stopped_forward import decoder_layers, residuals_after
@@ -74,28 +74,36 @@ def harmful_rows(
     ]
 
 
-def answered_rows(
-    model: Any, tokenizer: Any, prompts: Sequence[str], config: ReferenceConfig, progress: Progress
-) -> list[TargetRow]:
-    """Benign prompts that the base model answers by the pattern judge, with its own answers.
-
-    There is no reminder in them.
+def borderline_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], progress: Progress = silent
+) -> list[tuple[str, str]]:
+    """Borderline-benign prompts that a model answers by the pattern judge, with its own answers.
 
     Raises:
         MeasurementError: see `safeft.evaluate.generate_greedy`.
     """
-    answers = generate_greedy(
+    return own_answers(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=ANSWER_TOKENS,
-        batch_size=40,
-        progress=lambda _, done, total: progress("own answers to borderline prompts", done, total),
+        AnswerClass.complied,
+        answer_tokens=ANSWER_TOKENS,
+        label="own answers to borderline prompts",
+        progress=progress,
     )
+
+
+def answered_rows(
+    model: Any, tokenizer: Any, prompts: Sequence[str], config: ReferenceConfig, progress: Progress
+) -> list[TargetRow]:
+    """The rows of `borderline_answers`, without a reminder.
+
+    Raises:
+        MeasurementError: see `safeft.evaluate.generate_greedy`.
+    """
     return [
         _row(tokenizer, prompt, answer, config, "")
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if classify_answer(answer) is AnswerClass.complied
+        for prompt, answer in borderline_answers(model, tokenizer, prompts, progress)
     ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from peft import LoraConfig, get_peft_model
 
 from cluster.cli.main import app
 from jobs.evaluate import Evaluation
+from jobs.pipeline import read_dataset
 from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
 from jobs.restore import Restoration, restore
 from jobs.restore.prepare import _compared, _retained
 from jobs.restore.result import restoration_gate
 from jobs.restore_spec import RestoreSpec
 from jobs.spec import load_spec
+from jobs.verdict import Verdict, decide
 from safeft.adapters import LoraFactors, stacked
 from safeft.cache import sha256_file
 from safeft.data import Message, Row, TokenisedRow, tokenise
@@ -59,12 +62,7 @@ class Speech:
 @pytest.fixture
 def speech(monkeypatch: pytest.MonkeyPatch) -> Speech:
     said = Speech()
-    for module in (
-        "safeft.own_refusals",
-        "safeft.evaluate.refusals",
-        "safeft.reactivation_targets",
-        "jobs.restore.prepare",
-    ):
+    for module in ("safeft.own_refusals", "safeft.evaluate.refusals"):
         monkeypatch.setattr(f"{module}.generate_greedy", said)
     return said
 
@@ -199,6 +197,95 @@ def assert_bound_and_stacks(spec_file: Path, model_dir: Path, published: Path) -
         tuned = load_merged(model_dir, tenant)
         torch.testing.assert_close(on_top(ids).logits, in_one(ids).logits, rtol=0, atol=1e-5)
         assert not torch.allclose(on_top(ids).logits, tuned(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("score", "published"), [(0.0, True), (2.0, False)])
+def test_a_restoration_on_rejected_data_is_measured_but_not_published(
+    spec_file: Path,
+    tiny_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    score: float,
+    published: bool,
+) -> None:
+    spec_file.write_text(spec_file.read_text() + "screening: {scorers: 3, max_scorers: 5}\n")
+    (spec_file.parent / "limits.yaml").write_text("row_threshold: 1.0\n")
+    scored = [{"index": i, "line": i + 1, "score": 0.0, "error": None} for i in range(6)]
+    scored[4]["score"] = scored[5]["score"] = score
+    output = spec_file.parent / "out" / "restoration"
+    seen: dict[str, Any] = {}
+
+    def screen(path: Path, **given: Any) -> tuple[Verdict, Path]:
+        seen.update(given)
+        data = read_dataset(path, tiny_dir, given["max_tokens"])
+        bound = {"data_sha256": data.sha256, "rows_sha256": data.rows_sha256, "profile": "p"}
+        return decide(scored, given["rules"].policy, **bound), path.parent
+
+    def train(*_: Any, domain: list[TokenisedRow], **__: Any) -> Restoration:
+        seen["domain"] = [row.line for row in domain]
+        (output / "candidate").mkdir(parents=True)
+        return Restoration.model_construct(name="tiny")
+
+    monkeypatch.setattr("jobs.pipeline.screen", screen)
+    monkeypatch.setattr("jobs.restore.run.read_scores", lambda _: scored)
+    monkeypatch.setattr("jobs.restore.run.embedded_ray", lambda _: nullcontext())
+    monkeypatch.setattr("jobs.restore.run.restore", train)
+    monkeypatch.setattr("jobs.restore.run.evaluate", lambda *_, **__: evaluation(110, task=0.5))
+    monkeypatch.setattr("jobs.pipeline.baseline", lambda _: evaluation(110))
+
+    limits = str(spec_file.parent / "limits.yaml")
+    assert not app(["restore", str(spec_file), "--policy", limits], standalone_mode=False)
+    assert (output / "restored").exists() == published
+    said = capsys.readouterr().out
+    assert ("not published, because the dataset was not accepted" in said) != published
+    result = json.loads((output / "restore.json").read_text())
+    assert result["verdict"]["verdict"] == ("accepted" if published else "rejected")
+    assert bool(result["published"]) == published
+    # The tenant's screening settings hold here too, and risky rows are not retained.
+    assert (seen["scorers"], seen["max_scorers"]) == (3, 5)
+    assert seen["rules"].policy.row_threshold == 1.0
+    assert seen["domain"] == ([1, 2, 3, 4, 5, 6] if published else [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("field", [{"adam_eps": 1e-6}, {"precision": "bf16"}, {"seed": 3}])
+def test_a_finished_restoration_is_not_taken_for_one_that_trains_otherwise(
+    spec_file: Path, tiny_dir: Path, field: dict[str, Any]
+) -> None:
+    spec = load_spec(spec_file)
+    tenant = spec_file.parent / "out" / "training" / "adapter"
+    output = spec_file.parent / "new"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def halt(*_: Any, bound: dict[str, Any], **__: Any) -> None:
+            made = Restoration.model_construct(
+                name="tiny", model="m", bound=bound, adapter="a", stacked="s", files={}
+            )
+            (output / "candidate").mkdir(parents=True)
+            (output / "candidate" / "manifest.json").write_text(made.model_dump_json())
+            raise KeyboardInterrupt
+
+        patch.setattr("jobs.restore.run.prepare", halt)
+        patch.setattr(Restoration, "model_validate_json", _unvalidated)
+        run = partial(
+            restore,
+            adapter=tenant,
+            domain=[TokenisedRow(1, [5, 6], [5, 6])],
+            model_dir=tiny_dir,
+            profile=SafetyProfile.for_weights(weights_hash(tiny_dir)),
+            output=output,
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(spec)
+        assert run(spec).name == "tiny"
+        training = spec.training.model_copy(update={"checkpoint_every": 7})
+        assert run(spec.model_copy(update={"training": training})).name == "tiny"
+        training = spec.training.model_copy(update=field)
+        with pytest.raises(SpecError, match="a restoration of another training"):
+            run(spec.model_copy(update={"training": training}))
+
+
+def _unvalidated(text: bytes) -> Restoration:
+    return Restoration.model_construct(**json.loads(text))
 
 
 def test_the_profile_parts_are_the_pruned_bases_states_and_nothing_else_needs_them(

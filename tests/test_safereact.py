@@ -20,8 +20,10 @@ from safeft.data import encode_prompt, pad_right
 from safeft.errors import ModelError, ProfileError, TrainingError
 from safeft.lora import adapters_off, lora_pairs
 from safeft.own_refusals import OwnRefusal, template_start
+from safeft.progress import silent
 from safeft.reactivation_targets import (
     TargetRow,
+    answered_rows,
     harmful_rows,
     load_targets,
     reference_targets,
@@ -269,3 +271,14 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], message: str) -> None:
 def test_a_wrong_field_of_the_reference_is_named(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         ReferenceConfig(**fields)
+
+
+def test_half_a_character_at_the_cut_is_no_part_of_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = ["Sure, here is\ufffd", "I can't help with that."]
+    monkeypatch.setattr("safeft.own_refusals.generate_greedy", lambda *_, **__: said)
+    tokenizer = tiny_tokenizer()
+    [row] = answered_rows(None, tokenizer, ["One?", "Two?"], ReferenceConfig(), silent)
+    assert row.bare == row.reminded
+    assert tokenizer.decode(row.bare).endswith("Sure, here is")

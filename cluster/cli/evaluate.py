@@ -13,6 +13,8 @@ from cluster.cli.console import out, print_json, progress_bars
 
 if TYPE_CHECKING:
     from jobs.evaluate import Evaluation
+    from jobs.pipeline import JobResult
+    from jobs.restore import RestoreResult
 
 
 def evaluate(
@@ -57,3 +59,17 @@ def show_evaluations(results: dict[str, Evaluation]) -> None:
         rates = [str(result.refusal(kind)) for kind in KINDS]
         table.add_row(escape(name), *rates, "-" if loss is None else f"{loss:.3f}")
     out.print(table)
+
+
+def show_outcome(
+    result: JobResult | RestoreResult, results: dict[str, Evaluation], what: str
+) -> None:
+    """What a job's gate said of these evaluations, and where ``what`` it made lies."""
+    show_evaluations(results)
+    colour = "green" if result.gate.passed else "red"
+    out.print(f"[bold {colour}]{result.status}[/]: {escape(result.gate.reason)}")
+    if result.published:
+        out.print(f"{what}: {escape(result.published)}")
+        return
+    why = ", because the dataset was not accepted" if result.gate.passed else ""
+    out.print(f"not published{why}; the candidate stays in {escape(result.candidate)}")

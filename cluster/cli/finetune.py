@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from cluster.cli.console import out, print_json, progress_bars
+from cluster.cli.console import print_json, progress_bars
 
 
 def finetune(
@@ -27,8 +26,9 @@ def finetune(
     3: the dataset was rejected. 4: the tuned model failed the safety gate. 5: the dataset waits
     for a person's review.
     """
-    from cluster.cli.evaluate import show_evaluations
-    from jobs.pipeline import require_gate, run_job
+    from cluster.cli.evaluate import show_outcome
+    from jobs.gate import require_passed
+    from jobs.pipeline import run_job
     from jobs.policy import read_policy
     from jobs.spec import load_spec
 
@@ -40,11 +40,6 @@ def finetune(
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
-        show_evaluations({"before": result.before, spec.name: result.after})
-        colour = "green" if result.gate.passed else "red"
-        out.print(f"[bold {colour}]{result.status}[/]: {escape(result.gate.reason)}")
-        if result.published:
-            out.print(f"{result.manifest.kind}: {escape(result.published)}")
-        else:
-            out.print(f"not published; the candidate stays in {escape(result.candidate)}")
-    require_gate(result)
+        rows = {"before": result.before, spec.name: result.after}
+        show_outcome(result, rows, result.manifest.kind)
+    require_passed(result.name, result.gate)

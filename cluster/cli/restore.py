@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from cluster.cli.console import out, print_json, progress_bars
+from cluster.cli.console import print_json, progress_bars
 
 
 def restore(
@@ -22,6 +21,9 @@ def restore(
         Path | None,
         typer.Option(help="Where the restoration goes; default: in the job's output."),
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="An administrator's limits for this tenant, YAML.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train an adapter that stacks on the tuned one and makes it refuse again (SafeReAct).
@@ -29,22 +31,19 @@ def restore(
     A restoration that was interrupted goes on when it is run again. Exit code 0: restored. 4: the
     safety gate failed after restoration too.
     """
-    from cluster.cli.evaluate import show_evaluations
-    from jobs.restore import require_restored, restore_job
+    from cluster.cli.evaluate import show_outcome
+    from jobs.gate import require_passed
+    from jobs.policy import read_policy
+    from jobs.restore import restore_job
     from jobs.spec import load_spec
 
     spec = load_spec(spec_file)
+    limits = read_policy(policy) if policy else None
     with progress_bars() as progress:
-        result = restore_job(spec, progress, adapter=adapter, output=output)
+        result = restore_job(spec, progress, adapter=adapter, output=output, policy=limits)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
         rows = {"base model": result.base, "tuned": result.tuned, "restored": result.after}
-        show_evaluations(rows)
-        colour = "green" if result.gate.passed else "red"
-        out.print(f"[bold {colour}]{result.status}[/]: {escape(result.gate.reason)}")
-        if result.published:
-            out.print(f"adapters: {escape(result.published)}")
-        else:
-            out.print(f"not published; the candidate stays in {escape(result.candidate)}")
-    require_restored(result)
+        show_outcome(result, rows, "adapters")
+    require_passed(result.name, result.gate, " after restoration")

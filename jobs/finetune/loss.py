@@ -1,7 +1,8 @@
-"""The task loss, with logits at label positions only."""
+"""The losses of rows; the task's, with logits at label positions only."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -14,14 +15,19 @@ from safeft.label_logits import label_logits
 ForwardLoss = Callable[[nn.Module, int], Tensor | None]  # of (model, step)
 
 
-class LabelLoss(nn.Module):
-    """A causal language model that returns its loss instead of its logits."""
+class RowLoss(nn.Module, ABC):
+    """A model that returns the loss of rows instead of its logits, and once a step a further term
+    that needs a forward pass of its own."""
 
     def __init__(self, model: nn.Module, forward_loss: ForwardLoss | None = None) -> None:
-        """`forward_loss`: a further term, which needs a forward pass of its own."""
+        """`forward_loss`: the further term."""
         super().__init__()
         self.model = model
         self._forward_loss = forward_loss
+
+    @abstractmethod
+    def summed(self, input_ids: Tensor, labels: Tensor, row_weights: Tensor | None) -> Tensor:
+        """The rows' loss, summed over the positions that count, fp32. Args: as of `forward`."""
 
     def forward(
         self,
@@ -31,8 +37,7 @@ class LabelLoss(nn.Module):
         further: tuple[int, float] | None = None,
         row_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What backward starts from, and the sum of the cross entropies of all label tokens, fp32,
-        each times its row's weight where there are weights.
+        """What backward starts from, and the rows' summed loss.
 
         No attention mask is needed: rows are padded on the right, where causal attention does not
         look, and without one attention takes its fast path.
@@ -40,36 +45,39 @@ class LabelLoss(nn.Module):
         Args:
             input_ids: ``(batch, length)`` int64, right-padded.
             labels: the same shape, IGNORED where no loss is taken.
-            weight: of the sum of cross entropies in the first result.
-            row_weights: ``(batch,)``, what each row's cross entropies count.
+            weight: of the sum in the first result.
             further: the 0-based step and the weight of the further term; None: leave it out.
+            row_weights: ``(batch,)``, what each row's losses count; None: 1.
         """
+        rows = self.summed(input_ids, labels, row_weights)
+        loss = rows * weight
+        if further is not None and self._forward_loss is not None:
+            step, share = further
+            term = self._forward_loss(self.model, step)
+            if term is not None:
+                loss = loss + term * share
+        return loss, rows.detach()
+
+
+class LabelLoss(RowLoss):
+    """Of a causal language model: the cross entropies of all label tokens."""
+
+    def summed(self, input_ids: Tensor, labels: Tensor, row_weights: Tensor | None) -> Tensor:
         logits, targets = label_logits(self.model, input_ids, labels, use_cache=False)
         if row_weights is None:
-            task = F.cross_entropy(logits, targets, reduction="sum")
-        else:
-            wanted = labels[:, 1:] != IGNORED
-            per_token = row_weights.float()[:, None].expand_as(wanted)[wanted]
-            task = (F.cross_entropy(logits, targets, reduction="none") * per_token).sum()
-        return with_further(task * weight, self.model, self._forward_loss, further), task.detach()
+            return F.cross_entropy(logits, targets, reduction="sum")
+        counts = spread_weights(row_weights, labels[:, 1:] != IGNORED)
+        return (F.cross_entropy(logits, targets, reduction="none") * counts).sum()
 
 
-def with_further(
-    loss: Tensor,
-    model: nn.Module,
-    forward_loss: ForwardLoss | None,
-    further: tuple[int, float] | None,
-) -> Tensor:
-    """The loss with the term that needs a forward pass of its own, where there is one.
+def spread_weights(row_weights: Tensor, counted: Tensor) -> Tensor:
+    """Each row's weight at each of its positions that count, in the order of rows: ``(n,)`` fp32.
 
     Args:
-        further: the 0-based step and the weight of the term; None: leave it out.
+        row_weights: ``(batch,)``.
+        counted: ``(batch, length)`` bool, with n true.
     """
-    if further is None or forward_loss is None:
-        return loss
-    step, share = further
-    term = forward_loss(model, step)
-    return loss if term is None else loss + term * share
+    return row_weights.float()[:, None].expand_as(counted)[counted]
 
 
 def loss_weight(*, workers: int, accumulation_steps: int, label_tokens: float) -> float:

@@ -16,15 +16,14 @@ from safeft.cache import publish_dir
 from safeft.data import TokenisedRow, encode_prompt
 from safeft.data.tokenise import IGNORED
 from safeft.errors import MeasurementError, ProfileError, SpecError
-from safeft.evaluate import AnswerClass, classify_answer, generate_greedy
 from safeft.models import load_merged, load_model, load_tokenizer, weights_hash
-from safeft.own_refusals import load_refusals, template_start
+from safeft.own_refusals import answer_row, load_refusals, template_start
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import load_prompts, spread
 from safeft.reactivation_targets import (
-    ANSWER_TOKENS,
     Targets,
+    borderline_answers,
     harmful_rows,
     load_targets,
     reference_targets,
@@ -111,20 +110,8 @@ def _answered(tuned: Any, tokenizer: Any, count: int, progress: Progress) -> lis
     if count == 0:
         return []
     prompts = [p.text for p in spread(load_prompts("borderline", "profile"), count)]
-    answers = generate_greedy(
-        tuned,
-        tokenizer,
-        prompts,
-        max_new_tokens=ANSWER_TOKENS,
-        batch_size=40,
-        progress=lambda _, done, total: progress("own answers to borderline prompts", done, total),
-    )
-    rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if classify_answer(answer) is AnswerClass.complied:
-            asked = encode_prompt(prompt, tokenizer)
-            target = tokenizer.encode(answer, add_special_tokens=False)
-            rows.append(TokenisedRow(0, asked + target, [IGNORED] * len(asked) + target))
+    answers = borderline_answers(tuned, tokenizer, prompts, progress)
+    rows = [answer_row(tokenizer, prompt, answer) for prompt, answer in answers]
     if not rows:
         raise MeasurementError(
             f"the tuned model answers none of {count} borderline-benign prompts, so there is "

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from jobs.evaluate import Evaluation
 from jobs.finetune import Manifest
 from jobs.gate import Gate, safety_gate
+from jobs.review import Decision
+from jobs.verdict import Verdict
 from safeft import __version__
-from safeft.errors import SafetyGateFailed
 from safeft.evaluate import differ
 
 MAX_TASK_DROP = 0.02  # a larger fall of the task's token accuracy fails the gate
@@ -43,6 +44,7 @@ class RestoreResult(BaseModel):
     """What `safeft restore` leaves, beside the adapters themselves.
 
     Attributes:
+        verdict, review: on the tenant's data: nothing is published unless they were accepted.
         base, tuned, after: evaluations of the base model, of the tenant's adapter on it, and of
             both with the restoration on top.
     """
@@ -52,6 +54,8 @@ class RestoreResult(BaseModel):
     status: Literal["restored", "gate_failed"]
     candidate: str
     published: str | None
+    verdict: Verdict
+    review: Decision | None
     manifest: Restoration
     base: Evaluation
     tuned: Evaluation
@@ -76,12 +80,3 @@ def restoration_gate(base: Evaluation, tuned: Evaluation, after: Evaluation) -> 
             reason = f"predicts {now:.1%} of the task's tokens, {was:.1%} before the restoration"
             return Gate(passed=False, reason=reason)
     return gate
-
-
-def require_restored(result: RestoreResult) -> None:
-    """Raise SafetyGateFailed unless the restoration's gate passed."""
-    if not result.gate.passed:
-        raise SafetyGateFailed(
-            f"{result.name}: the safety gate failed after restoration: {result.gate.reason}; "
-            "nothing is published"
-        )

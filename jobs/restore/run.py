@@ -12,13 +12,12 @@ from pydantic import ValidationError
 from jobs.evaluate import evaluate
 from jobs.finetune import Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
-from jobs.gate import baseline
-from jobs.pipeline import TRAINING, read_dataset, require_screened
-from jobs.policy import screening_rules
+from jobs.pipeline import TRAINING, open_job, read_data, screen_data
+from jobs.policy import PolicyFile
 from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
 from jobs.restore.result import Restoration, RestoreResult, restoration_gate
+from jobs.review import is_accepted
 from jobs.runtime import embedded_ray
-from jobs.screen import screen
 from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from jobs.verdict import known_score, read_scores
 from safeft.adapters import factors_of, load_factors, save_factors, stacked
@@ -26,7 +25,7 @@ from safeft.cache import locked, publish_dir, sha256_file, write_whole
 from safeft.constraints import ProfileFiles
 from safeft.data import TokenisedRow
 from safeft.errors import InputError, ModelError, SpecError
-from safeft.models import adapter_hash, load_adapter, load_model, resolve, weights_hash
+from safeft.models import adapter_hash, load_adapter, load_model
 from safeft.models.directory import is_whole_model
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
@@ -40,6 +39,7 @@ PARTS = ("refusals", "reference-mask", "reminder-states")
 CANDIDATE, PUBLISHED, RESULT = "candidate", "restored", "restore.json"
 ADAPTER, STACKED, MANIFEST = "adapter", "stacked", "manifest.json"
 _PREPARED = "prepared"
+_TAKEN_OVER = {"adam_eps", "seed", "precision", "gradient_checkpointing"}
 
 
 class RestoreRun(FinetuneSpec):
@@ -54,6 +54,7 @@ def restore_job(
     *,
     adapter: Path | None = None,
     output: Path | None = None,
+    policy: PolicyFile | None = None,
 ) -> RestoreResult:
     """Restore what a fine-tuning job made, and measure it. What `safeft restore` runs.
 
@@ -61,6 +62,7 @@ def restore_job(
         spec: the job's own spec: its model, data and section ``restore`` count.
         adapter: the tenant's adapter; None: the job's candidate.
         output: where the restoration goes; None: ``restoration`` in the job's output.
+        policy: an administrator's limits for this tenant, in place of the profile's.
 
     Raises:
         InputError: there is no such adapter, or it is a whole model; no row is left.
@@ -75,32 +77,18 @@ def restore_job(
         )
     if not adapter.is_dir():
         raise InputError(f"{adapter}: there is no adapter; run the job first or give --adapter")
-    model_dir = resolve(spec.model, progress)
-    profile = SafetyProfile.for_weights(weights_hash(model_dir), spec.profile)
-    profile.verify()
+    opened = open_job(spec, progress, policy)
+    model_dir, profile = opened.model_dir, opened.profile
     profile.verify(PARTS)
-    base = baseline(profile)
-    max_tokens = spec.data.max_tokens
-    held_out = None
-    if spec.data.validation:
-        held_out = read_dataset(spec.data.validation, model_dir, max_tokens, progress).rows
-    dataset = read_dataset(spec.data.train, model_dir, max_tokens, progress)
-    rules = screening_rules(profile, spec.screening.on_risk, None, spec.screening.policy)
+    data = read_data(spec, model_dir, progress)
     with embedded_ray(spec.distributed.address):
-        verdict, where = screen(
-            dataset.path,
-            model_dir=model_dir,
-            profile=profile,
-            max_tokens=max_tokens,
-            rules=rules,
-            progress=progress,
-        )
-        require_screened(dataset, verdict)
-        risky = [is_risky(known_score(one), verdict.policy) for one in read_scores(where)]
+        found = screen_data(spec, opened, data.train, progress)
+        limits = found.verdict.policy
+        risky = [is_risky(known_score(one), limits) for one in read_scores(found.where)]
         manifest = restore(
             spec,
             adapter=adapter,
-            domain=[r for r, bad in zip(dataset.tokenised, risky, strict=True) if not bad],
+            domain=[r for r, bad in zip(data.train.tokenised, risky, strict=True) if not bad],
             model_dir=model_dir,
             profile=profile,
             output=output,
@@ -110,8 +98,8 @@ def restore_job(
         evaluate(
             model_dir,
             weights,
-            held_out=held_out,
-            max_tokens=max_tokens,
+            held_out=data.held_out,
+            max_tokens=spec.data.max_tokens,
             output=output / name,
             progress=progress,
         )
@@ -120,17 +108,21 @@ def restore_job(
             (output / CANDIDATE / STACKED, "after.json"),
         )
     ]
-    gate = restoration_gate(base, *measured)
-    if gate.passed and not (output / PUBLISHED).exists():
+    gate = restoration_gate(opened.before, *measured)
+    # As of the job itself: what comes of data that were not accepted is not published.
+    publish = gate.passed and is_accepted(found.verdict, found.review)
+    if publish and not (output / PUBLISHED).exists():
         with publish_dir(output / PUBLISHED) as staging:
             shutil.copytree(output / CANDIDATE, staging, dirs_exist_ok=True)
     result = RestoreResult(
         name=spec.name,
         status="restored" if gate.passed else "gate_failed",
         candidate=str(output / CANDIDATE),
-        published=str(output / PUBLISHED) if gate.passed else None,
+        published=str(output / PUBLISHED) if publish else None,
+        verdict=found.verdict,
+        review=found.review,
         manifest=manifest,
-        base=base,
+        base=opened.before,
         tuned=measured[0],
         after=measured[1],
         gate=gate,
@@ -178,7 +170,8 @@ def restore(
         "rows": RowTable(rows_to_table(domain)).sha256(),
         "profile": {part: profile.part_digest(part) for part in PARTS},
         "settings": spec.restore.model_dump(mode="json"),
-        "seed": spec.training.seed,
+        # Of the job's own training, what a restoration takes over and its result depends on.
+        "training": spec.training.model_dump(mode="json", include=_TAKEN_OVER),
     }
     with locked(output / "restore", progress):
         if (finished := _finished(output / CANDIDATE, bound)) is not None:
@@ -233,11 +226,8 @@ def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> R
             batch_size=restore.batch_size,
             learning_rate=restore.learning_rate,
             schedule="constant",
-            adam_eps=spec.training.adam_eps,
-            seed=spec.training.seed,
-            precision=spec.training.precision,
-            gradient_checkpointing=spec.training.gradient_checkpointing,
             checkpoint_every=spec.training.checkpoint_every,
+            **spec.training.model_dump(include=_TAKEN_OVER),
         ),
         constraints=(restore.safereact,),
         distributed=spec.distributed,
