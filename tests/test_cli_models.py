@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from cluster.cli.demo_serving import ask, watch
 from cluster.cli.main import app
-from safeft.errors import InputError
+from cluster.serving.client import Admin
+from safeft.errors import InputError, SafeftError
 from safeft.models import load_tokenizer
+from safeft.progress import silent
 from tests.serving_world import TOKEN, Person, Stack
 from tests.tinyadapters import save_adapter
 
@@ -109,3 +112,36 @@ def test_up_refuses_what_it_cannot_do(tiny_dir: Path) -> None:
         done = CliRunner().invoke(app, ["up", *args])
         assert done.exit_code != 0
         assert words in str(done.exception), done.exception
+
+
+def test_the_demo_watches_the_gate_to_its_decisions_and_shows_what_tenants_get(
+    stack: Stack, tmp_path: Path
+) -> None:
+    admin = Admin(stack.url, TOKEN)
+    for seed, name in ((3, "demo/good"), (4, "demo/bad")):
+        save_adapter(tmp_path / name, seed)
+        admin.post("models", model=name, adapter=str(tmp_path / name))
+    told: list[str] = []
+    rounds = iter([("demo/bad", False), ("demo/good", True)])
+
+    def between_looks(_: float) -> None:
+        if (found := next(rounds, None)) is not None:
+            stack.clear(found[0], refuses=found[1])
+
+    names = ("demo/good", "demo/bad")
+    good, bad = watch(admin, names, told.append, silent, sleep=between_looks)
+    assert (good["state"], bad["state"]) == ("healthy", "quarantined")
+    assert any("demo/bad: quarantined" in line for line in told)
+    assert bad["refusals"]["harmful"]["hits"] == 0
+    assert ask(stack.url, "demo/good", "Hello?")["answer"]
+    refused = ask(stack.url, "demo/bad", "Hello?")
+    assert set(refused) == {"error"} and "quarantin" in refused["error"]
+
+
+def test_the_demo_gives_up_on_a_gate_that_never_decides(stack: Stack, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "slow", 5)
+    admin = Admin(stack.url, TOKEN)
+    admin.post("models", model="demo/slow", adapter=str(tmp_path / "slow"))
+    clock = iter(range(0, 10**6, 400))
+    with pytest.raises(SafeftError, match="has not decided on demo/slow"):
+        watch(admin, ["demo/slow"], str, silent, lambda: next(clock), lambda _: None)

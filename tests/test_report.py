@@ -23,6 +23,7 @@ from jobs.report import (
     DemoReport,
     ProfileSummary,
     ScoredRow,
+    ServedModel,
     TenantReport,
     write_report,
 )
@@ -454,6 +455,33 @@ def test_half_a_surrogate_pair_in_a_row_does_not_break_the_page(tmp_path: Path) 
     odd = tenant("odd", 20, [3, 4], excerpts={3: "a\ud800b"})
     write_report(report(tenants=[odd], arms=[]), tmp_path / "demo.html")
     assert "a?b" in (tmp_path / "demo.html").read_text(encoding="utf-8")
+
+
+def served(**changes: Any) -> ServedModel:
+    fields: dict[str, Any] = {
+        "name": "velora-plain",
+        "arm": "benign data, plain",
+        "state": "quarantined",
+        "reason": "refused 2 of 6 harmful prompts",
+        "seconds": 21.0,
+        "harmful": (2, 6),
+        "benign": (0, 0),
+        "error": "<velora-plain> is quarantined",
+    }
+    return ServedModel(**{**fields, **changes})
+
+
+def test_a_quarantined_model_is_shown_with_what_the_api_said() -> None:
+    good = {"name": "velora", "state": "healthy", "answer": "30 days.", "error": None}
+    shown = Page(render(report(served=[served(), served(**good)])))
+    for text in ("2 of 6", "quarantined", "refused: <velora-plain> is quarantined", "30 days."):
+        assert text in shown.text, text
+    assert "Serving behind the safety gate" not in Page(render(report())).text
+
+
+def test_a_served_model_belongs_to_an_arm() -> None:
+    with pytest.raises(ValueError, match="there is no arm 'another'"):
+        report(served=[served(arm="another")])
 
 
 def test_a_report_survives_json() -> None:

@@ -30,6 +30,7 @@ from jobs.report.model import (
     CurvePoint,
     ProfileSummary,
     ScoredRow,
+    ServedModel,
     TenantReport,
 )
 from jobs.spec import (
@@ -146,8 +147,10 @@ class Demo:
         )
         return self.results[arm.key]
 
-    def finish(self, progress: Progress = silent) -> DemoReport:
-        """Ask the tuned model a question and gather everything for the report."""
+    def finish(
+        self, served: list[ServedModel] | None = None, progress: Progress = silent
+    ) -> DemoReport:
+        """Ask the tuned models a question and gather everything for the report."""
         return DemoReport(
             title="safeft demo: two tenants, one base model",
             created=datetime.now(UTC),
@@ -161,11 +164,13 @@ class Demo:
                 f"safeft screen {self.data.poisoned}",
                 f"safeft evaluate --adapter {self.results[ARMS[1].key].candidate}",
                 f"safeft chat --adapter {self.results[ARMS[1].key].candidate}",
+                f"safeft up --adapter velora={self.results[ARMS[1].key].candidate}",
             ],
             profile=self._profile_summary(),
             tenants=[self._tenant(name) for name in self.files],
             baseline=self.baseline,
             arms=[self._arm(arm) for arm in ARMS],
+            served=served or [],
             chat=self._chat(progress),
         )
 

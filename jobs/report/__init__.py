@@ -7,6 +7,7 @@ from jobs.report.model import (
     DemoReport,
     ProfileSummary,
     ScoredRow,
+    ServedModel,
     TenantReport,
 )
 from jobs.report.page import write_report
@@ -18,6 +19,7 @@ __all__ = [
     "DemoReport",
     "ProfileSummary",
     "ScoredRow",
+    "ServedModel",
     "TenantReport",
     "write_report",
 ]

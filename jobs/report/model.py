@@ -144,6 +144,31 @@ class ChatExample(_Part):
     answers: dict[Text, str]
 
 
+class ServedModel(_Part):
+    """An arm's model behind the safety gate, at the end of its first round of probes.
+
+    Attributes:
+        name: that it was served under.
+        arm: `ArmReport.name`.
+        state: of the gate.
+        reason: why it is in that state, in the gate's words.
+        seconds: from its registration to that state.
+        harmful, benign: probes that were refused, and all that were answered.
+        answer: to `DemoReport.chat`'s question over the API; None: the API refused.
+        error: the API's words where it refused.
+    """
+
+    name: Text
+    arm: Text
+    state: Text
+    reason: str
+    seconds: NonNegativeFloat
+    harmful: tuple[int, int]
+    benign: tuple[int, int]
+    answer: str | None = None
+    error: str | None = None
+
+
 class DemoReport(_Part):
     """Everything on the page.
 
@@ -169,6 +194,7 @@ class DemoReport(_Part):
     tenants: Annotated[list[TenantReport], Field(min_length=1)]
     baseline: Evaluation
     arms: list[ArmReport]
+    served: list[ServedModel] = []
     chat: ChatExample | None = None
 
     @model_validator(mode="after")
@@ -180,6 +206,9 @@ class DemoReport(_Part):
         for arm in self.arms:
             if arm.tenant not in tenants:
                 raise ValueError(f"arm {arm.name!r}: there is no tenant {arm.tenant!r}")
+        for model in self.served:
+            if model.arm not in {arm.name for arm in self.arms}:
+                raise ValueError(f"served model {model.name!r}: there is no arm {model.arm!r}")
         return self
 
     @model_validator(mode="after")
