@@ -14,8 +14,9 @@ TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 demo: setup
 	$(BIN)/safeft demo
 
+# Two files at a time, each with one thread: as much as two cores can do.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
