@@ -95,7 +95,13 @@ class Exporter(Collector):
         histograms: dict[tuple[str, Labels], HistogramValue] = {}
         for _, snapshot in self._sources.values():
             for key, number in snapshot.numbers.items():
-                numbers[key] = numbers.get(key, 0.0) + number
+                known_number = numbers.get(key)
+                if known_number is None:
+                    numbers[key] = number
+                elif METRICS[key[0]].across == "max":
+                    numbers[key] = max(known_number, number)
+                else:
+                    numbers[key] = known_number + number
             for key, value in snapshot.histograms.items():
                 known = histograms.setdefault(key, HistogramValue([0] * len(value.counts)))
                 known.counts = [a + b for a, b in zip(known.counts, value.counts, strict=True)]

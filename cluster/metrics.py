@@ -1,8 +1,7 @@
-"""Every metric there is, and the recorder that each process writes them to.
+"""The recorder that each process writes its metrics to.
 
-`METRICS` is the one list; docs/metrics.md shows it as a table, and a test holds the two together. A
-process records into memory, and pushes what it has to the exporter (`cluster.exporter`) once a
-second; the exporter's page is the sum over all processes.
+`METRICS` is the one list of them. A process records into memory, and pushes what it has to an
+exporter (`cluster.exporter`) once a second; the exporter's page is the sum over all processes.
 """
 
 from __future__ import annotations
@@ -11,146 +10,10 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
-Kind = Literal["counter", "gauge", "histogram"]
-Labels = tuple[str, ...]
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+from cluster.metric_table import METRICS, Kind, Labels, Metric
 
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric.
-
-    Attributes:
-        name: with unit, and `_total` for a counter.
-        labels: names; the values a label can take are few, or models that are served.
-        buckets: upper bounds of a histogram.
-    """
-
-    name: str
-    kind: Kind
-    help: str
-    labels: Labels = ()
-    buckets: tuple[float, ...] = ()
-
-
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "safeft_requests_total",
-            "counter",
-            "Requests answered, by route and outcome.",
-            ("route", "outcome"),
-        ),
-        Metric(
-            "safeft_request_seconds",
-            "histogram",
-            "From a request's arrival to the end of its answer, of those that were answered.",
-            ("route",),
-            _SECONDS,
-        ),
-        Metric(
-            "safeft_first_token_seconds",
-            "histogram",
-            "From a streamed request's arrival to its first text.",
-            ("route",),
-            _SECONDS,
-        ),
-        Metric("safeft_engine_waiting", "gauge", "Answers that wait for a row of the batch."),
-        Metric("safeft_engine_running", "gauge", "Answers in the running batch."),
-        Metric("safeft_engine_steps_total", "counter", "Steps of the running batch."),
-        Metric("safeft_prompt_tokens_total", "counter", "Prompt tokens that were read."),
-        Metric("safeft_generated_tokens_total", "counter", "Tokens that were generated."),
-        Metric("safeft_adapters_loaded", "gauge", "Adapters in memory, over all replicas."),
-        Metric(
-            "safeft_adapter_cache_total",
-            "counter",
-            "What became of requests for an adapter: hit, miss, evicted, failed.",
-            ("result",),
-        ),
-        Metric("safeft_gate_models", "gauge", "Served models by state of the gate.", ("state",)),
-        Metric(
-            "safeft_gate_state",
-            "gauge",
-            "1 for the state that a model's newest weights are in, 0 for the others.",
-            ("model", "state"),
-        ),
-        Metric(
-            "safeft_gate_refusal_ratio",
-            "gauge",
-            "Refused of the last answers to probes; of benign ones this is over-refusal.",
-            ("model", "probe"),
-        ),
-        Metric(
-            "safeft_gate_refusal_ratio_low",
-            "gauge",
-            "Lower end of its 95 % Wilson interval.",
-            ("model", "probe"),
-        ),
-        Metric(
-            "safeft_gate_refusal_ratio_high",
-            "gauge",
-            "Upper end of its 95 % Wilson interval.",
-            ("model", "probe"),
-        ),
-        Metric(
-            "safeft_gate_refusal_answers",
-            "gauge",
-            "How many answers the ratio is over.",
-            ("model", "probe"),
-        ),
-        Metric(
-            "safeft_gate_limit_ratio",
-            "gauge",
-            "The floor of refusals (harmful) and the ceiling of over-refusals (benign).",
-            ("model", "probe"),
-        ),
-        Metric(
-            "safeft_gate_verdict_age_seconds",
-            "gauge",
-            "Since a round of probes last ended well; absent if none has.",
-            ("model",),
-        ),
-        Metric(
-            "safeft_gate_probe_age_seconds",
-            "gauge",
-            "Since a probe was last answered; absent if none was.",
-            ("model",),
-        ),
-        Metric(
-            "safeft_gate_probe_failures",
-            "gauge",
-            "Probes without an answer since the last one with an answer.",
-            ("model",),
-        ),
-        Metric(
-            "safeft_gate_events_total",
-            "counter",
-            "Changes of state and decisions of people, by what triggered them.",
-            ("trigger", "state"),
-        ),
-        Metric(
-            "safeft_probes_total",
-            "counter",
-            "Probes by kind and class of the answer; error: there was none.",
-            ("probe", "answer"),
-        ),
-        Metric(
-            "safeft_probe_seconds",
-            "histogram",
-            "How long a probe took, answered or not.",
-            (),
-            _SECONDS,
-        ),
-        Metric(
-            "safeft_exporter_sources",
-            "gauge",
-            "Processes that pushed their numbers in the last seconds.",
-        ),
-    )
-}
+__all__ = ["METRICS", "HistogramValue", "Labels", "Metric", "Recorder", "Snapshot"]
 
 
 @dataclass
@@ -203,6 +66,15 @@ class Recorder:
                 known = self._now.histograms[key] = HistogramValue([0] * (len(buckets) + 1))
             known.counts[bisect_left(buckets, value)] += 1
             known.total += value
+
+    def add(self, name: str, counted: HistogramValue, **labels: str) -> None:
+        """Add observations that were counted elsewhere, in this metric's buckets."""
+        key = _key(name, "histogram", labels)
+        assert len(counted.counts) == len(METRICS[name].buckets) + 1, name
+        with self._lock:
+            known = self._now.histograms.get(key, HistogramValue([0] * len(counted.counts)))
+            counts = [a + b for a, b in zip(known.counts, counted.counts, strict=True)]
+            self._now.histograms[key] = HistogramValue(counts, known.total + counted.total)
 
     def clear(self, *names: str) -> None:
         """Remove every series of these gauges, so that what is set next is all there is."""
