@@ -1,4 +1,4 @@
-"""The page that Prometheus reads: the sum of what every process of the cluster has pushed.
+"""The page that Prometheus reads: what every process of the cluster has pushed, as one.
 
 One exporter stands for all replicas and actors, because a scrape of a load-balanced port would
 reach one replica at a time, and Ray's own pipeline keeps series of what is gone. Counters of a
@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from operator import add
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -26,6 +27,8 @@ from cluster.metrics import METRICS, HistogramValue, Labels, Metric, Recorder, S
 from safeft.errors import InputError
 
 log = logging.getLogger(__name__)
+#: Where a serving pool's exporter is found.
+NAMESPACE, EXPORTER = "safeft", "safeft-exporter"
 PUSH_EVERY_S = 1.0
 _SILENT_S = 10.0
 
@@ -37,14 +40,21 @@ class Exporter(Collector):
         self._clock = clock
         self._lock = threading.Lock()
         self._sources: dict[str, tuple[float, Snapshot]] = {}
+        self._here: dict[str, Recorder] = {}
 
     def push(self, source: str, snapshot: Snapshot) -> None:
         """Take over what a process has recorded since it began; `source` is its alone."""
         with self._lock:
             self._sources[source] = (self._clock(), snapshot)
 
+    def include(self, source: str, recorder: Recorder) -> None:
+        """Read a recorder of this very process whenever the page is asked for."""
+        self._here[source] = recorder
+
     def collect(self) -> Iterator[Any]:
         """For prometheus_client: every metric of METRICS, also those without a series."""
+        for source, recorder in self._here.items():
+            self.push(source, recorder.snapshot())
         with self._lock:
             self._forget_gauges()
             numbers, histograms = self._merged()
@@ -95,13 +105,8 @@ class Exporter(Collector):
         histograms: dict[tuple[str, Labels], HistogramValue] = {}
         for _, snapshot in self._sources.values():
             for key, number in snapshot.numbers.items():
-                known_number = numbers.get(key)
-                if known_number is None:
-                    numbers[key] = number
-                elif METRICS[key[0]].across == "max":
-                    numbers[key] = max(known_number, number)
-                else:
-                    numbers[key] = known_number + number
+                both = max if METRICS[key[0]].across == "max" else add
+                numbers[key] = both(numbers[key], number) if key in numbers else number
             for key, value in snapshot.histograms.items():
                 known = histograms.setdefault(key, HistogramValue([0] * len(value.counts)))
                 known.counts = [a + b for a, b in zip(known.counts, value.counts, strict=True)]

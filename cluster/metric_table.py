@@ -165,6 +165,12 @@ METRICS: dict[str, Metric] = {
             across="max",
         ),
         Metric(
+            "safeft_database_up",
+            "gauge",
+            "1 if the controller could count the jobs when it last tried, else 0.",
+            across="max",
+        ),
+        Metric(
             "safeft_stage_attempts_total",
             "counter",
             "Attempts at a stage that ended, by how.",

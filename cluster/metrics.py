@@ -36,7 +36,7 @@ class Recorder:
     """The numbers of one process. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._now = Snapshot()
         self._polled: list[Callable[[], None]] = []
 
@@ -55,6 +55,12 @@ class Recorder:
         """Set a gauge."""
         with self._lock:
             self._now.numbers[_key(name, "gauge", labels)] = value
+
+    def highest(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge, unless it is higher already."""
+        key = _key(name, "gauge", labels)
+        with self._lock:
+            self._now.numbers[key] = max(value, self._now.numbers.get(key, value))
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Add an observation to a histogram."""
@@ -89,8 +95,12 @@ class Recorder:
 
     def snapshot(self) -> Snapshot:
         """Everything, as it is now."""
-        for read in self._polled:
-            read()
+        with self._reading:  # one at a time: they clear gauges before they set them
+            for read in self._polled:
+                read()
+            return self._copy()
+
+    def _copy(self) -> Snapshot:
         with self._lock:
             histograms = {
                 key: HistogramValue(list(value.counts), value.total)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from jobs.evaluate import Evaluation, evaluate
 from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.parts import needed_parts
+from jobs.finetune.telemetry import OnStep, unheard
 from jobs.gate import Gate, baseline, safety_gate
 from jobs.policy import OnRisk, PolicyFile, Rules, screening_rules
 from jobs.review import Decision, is_accepted, read_decision, require_accepted
@@ -167,8 +168,13 @@ def train_job(
     *,
     screening: Path | None = None,
     policy: PolicyFile | None = None,
+    on_step: OnStep = unheard,
 ) -> Trained:
-    """The first half of `run_job`, which finds it done when it is called afterwards."""
+    """The first half of `run_job`, which finds it done when it is called afterwards.
+
+    Args:
+        on_step: see `finetune`.
+    """
     opened = open_job(spec, progress, policy)
     model_dir, profile = opened.model_dir, opened.profile
     parts = needed_parts(spec, profile)
@@ -188,6 +194,7 @@ def train_job(
             profile=parts,
             output=spec.output / TRAINING,
             progress=progress,
+            on_step=on_step,
         )
     return Trained(found, tuned, model_dir, opened.before, data.held_out)
 

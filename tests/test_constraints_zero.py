@@ -187,9 +187,7 @@ def run_case(case: Case, model_dir: Path, rank: int) -> dict[str, Tensor]:
         hooks.after_step()
         found[f"penalties/{step}"] = torch.tensor([penalties["asft"], *activation_of(hooks)])
         drift = hooks.metrics(thorough=True)
-        found[f"drift/{step}"] = torch.tensor(
-            drift.get("weight_drift", drift.get("cwac/weight_drift", 0.0))
-        )
+        found[f"drift/{step}"] = torch.tensor(drift.get("cwac/weight_drift", 0.0))
     ended = {n: p.clone() for n, p in whole_masters(engine)}
     copies = model_copies(engine)
     if case.lora:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.exporter import Exporter
-from cluster.metrics import METRICS, Recorder
+from cluster.metrics import METRICS, HistogramValue, Recorder
 
 DOC = Path(__file__).parent.parent / "docs" / "metrics.md"
 CLUSTER = Path(__file__).parent.parent / "cluster"
@@ -115,3 +115,38 @@ def test_prometheus_can_read_the_page_over_http() -> None:
     assert page.status_code == 200
     names = {family.name for family in text_string_to_metric_families(page.text)}
     assert {name.removesuffix("_total") for name in METRICS} == names
+
+
+def test_what_several_processes_read_in_one_place_is_not_added_up() -> None:
+    exporter = Exporter(Clock())
+    for source, (jobs, ended) in {"one": (2, 7), "two": (3, 6)}.items():
+        recorder = Recorder()
+        recorder.set("safeft_jobs", jobs, tenant="acme", phase="queued")
+        labels = {"tenant": "acme", "outcome": "succeeded", "code": ""}
+        recorder.total("safeft_jobs_finished_total", ended, **labels)
+        exporter.push(source, recorder.snapshot())
+    page = samples(exporter)
+    assert page["safeft_jobs[queued][acme]"] == 3
+    assert page["safeft_jobs_finished_total[][succeeded][acme]"] == 7
+
+
+def test_scores_below_and_above_the_threshold_are_on_the_page() -> None:
+    exporter, recorder = Exporter(Clock()), Recorder()
+    counts = [0] * (len(METRICS["safeft_sqsd_score"].buckets) + 1)
+    counts[3], counts[8] = 5, 2
+    recorder.add("safeft_sqsd_score", HistogramValue(counts, -40.0), base_model="tiny")
+    recorder.add("safeft_sqsd_score", HistogramValue(counts, -40.0), base_model="tiny")
+    exporter.include("here", recorder)
+    page = samples(exporter)
+    assert page["safeft_sqsd_score_bucket[tiny][0]"] == 10
+    assert page["safeft_sqsd_score_bucket[tiny][+Inf]"] == 14
+
+
+def test_a_page_of_ones_own_process_is_always_as_of_now() -> None:
+    exporter, recorder = Exporter(Clock()), Recorder()
+    exporter.include("here", recorder)
+    polls: list[int] = []
+    recorder.poll(lambda: recorder.set("safeft_engine_waiting", len(polls)))
+    assert samples(exporter)["safeft_engine_waiting"] == 0
+    polls.append(1)
+    assert samples(exporter)["safeft_engine_waiting"] == 1

@@ -53,6 +53,17 @@ def controller(
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster; default: a Ray of its own.")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="A page for Prometheus; default: the serving pool's in the same Ray, if any.",
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(help="Where that page listens; loopback, or a private network.")
+    ] = "127.0.0.1",
 ) -> None:
     """Move jobs through their phases. Run as many as you like on one database; kill any of them."""
     import threading
@@ -60,7 +71,13 @@ def controller(
     from cluster.controller.service import run_controller
     from cluster.settings import load_settings
 
-    run_controller(load_settings(settings), address, threading.Event())
+    run_controller(
+        load_settings(settings),
+        address,
+        threading.Event(),
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
+    )
 
 
 @database.command()

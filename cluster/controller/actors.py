@@ -6,16 +6,17 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.util
 
-from cluster.controller.runner import Report, RunnerUnavailable, StageEvent, StageTask
+from cluster.controller.runner import Numbers, Report, RunnerUnavailable, StageEvent, StageTask
+from cluster.controller.watch import Watch
 
-NAMESPACE = "safeft"
+NAMESPACE = "safeft-stages"  # not the serving pool's: every actor in it is a stage
 _ANSWER_S = 1.0  # an actor that starts does not answer yet; it is asked again later
 
 
@@ -47,7 +48,8 @@ class ActorRunner:
             except ray.exceptions.RayActorError:
                 return None
         events = [StageEvent(**event) for event in said.pop("events")]
-        return Report(events=events, **said)
+        numbers = said.pop("numbers")
+        return Report(events=events, numbers=Numbers(**numbers), **said)
 
     def stop(self, name: str) -> None:
         with _told():
@@ -88,13 +90,14 @@ class _Host:
         self._events: list[StageEvent] = []
         self._label, self._tenth = "", 0
         self._done: Report | None = None
+        self._watch = Watch()
         threading.Thread(target=self._run, args=[task], daemon=True).start()
 
     def report(self, seen: int) -> dict[str, Any]:
         """What there is to say, with the events from number `seen`."""
         with self._lock:
             report = self._done or Report("running")
-            said = asdict(report)
+            said = asdict(replace(report, numbers=self._watch.numbers()))
             said["events"] = [event.model_dump() for event in self._events[seen:]]
         return said
 
@@ -102,7 +105,7 @@ class _Host:
         try:
             from cluster.controller.work import perform
 
-            done = perform(StageTask.model_validate_json(task), self._progress)
+            done = perform(StageTask.model_validate_json(task), self._progress, self._watch)
         except BaseException as error:  # noqa: BLE001  (silent, it would run for ever)
             message = f"the stage cannot be begun here ({type(error).__name__})"
             done = Report("fault", code=type(error).__name__, message=message)
@@ -112,6 +115,7 @@ class _Host:
     def _progress(self, label: str, done: int, total: int | None) -> None:
         """An event where something new begins, and at each tenth of it."""
         tenth = 10 * done // total if total else 0
+        self._watch.progress(label, done, total)
         with self._lock:
             if (label, tenth) == (self._label, self._tenth):
                 return

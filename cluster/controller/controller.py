@@ -23,10 +23,12 @@ from cluster.controller import sweep
 from cluster.controller.admission import Queue, admit_waiting, somebody_waits
 from cluster.controller.apply import Applied, Rules, apply
 from cluster.controller.claims import ClaimLost, Claims
+from cluster.controller.numbers import JobNumbers
 from cluster.controller.phases import STAGES
 from cluster.controller.runner import RunnerUnavailable, StageRunner, StageTask, actor_name
 from cluster.controller.tasks import NotOffered, task_of
 from cluster.controller.transitions import fail, leave
+from cluster.metrics import Recorder
 from cluster.settings import Settings
 from cluster.state import Database
 from cluster.state.models import Stage
@@ -63,11 +65,13 @@ class Controller:
         runner: StageRunner,
         *,
         options: Options | None = None,
+        recorder: Recorder | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings, self._database, self._store = settings, database, store
         self._runner, self._clock = runner, clock
         self._options = options or Options()
+        self._numbers = JobNumbers(recorder or Recorder(), database, clock)
         owner = f"{socket.gethostname()}:{os.getpid()}"[:64]
         self._claims = Claims(database, owner, self._options.claim_ttl_s, clock)
         self._held: dict[str, str] = {}
@@ -172,13 +176,18 @@ class Controller:
                     task = task_of(session, job, self._settings)
                 except NotOffered as error:
                     fail(session, job, "refused", now, code="not_available", message=str(error))
-                    return False
-                stage.asked_at = now
+                else:
+                    stage.asked_at = now
+        if stage.outcome is not None:  # it could not be begun
+            self._numbers.looked_at(job, stage, None)
+            return False
         if wish is not None:
             self._runner.stop(name)
             with self._claims.guarded(job_id, token) as (session, job):
+                stage = session.get_one(Stage, (job.id, job.attempt))
                 leave(session, job, "cancel" if wish == "cancel" else "pause", self._clock())
                 final = wish == "cancel"
+            self._numbers.looked_at(job, stage, None)
             if final:
                 self._clean(job_id)
             return False
@@ -188,7 +197,9 @@ class Controller:
         with self._claims.guarded(job_id, token) as (session, job):
             if job.wish is not None:
                 return True  # it wins over whatever the stage has to say
+            stage = session.get_one(Stage, (job.id, job.attempt))
             applied = apply(session, job, report, self._options.rules, self._clock())
+        self._numbers.looked_at(job, stage, report)
         if applied is not Applied.RUNNING:
             self._runner.stop(name)
         if applied is Applied.ENDED:

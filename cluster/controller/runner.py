@@ -57,6 +57,25 @@ class StageEvent(BaseModel):
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """What a stage has measured since it began, for the metrics page.
+
+    Attributes:
+        quiet_s: since it last got anywhere.
+        step: the latest value of all that training says of its steps; empty: it does not train.
+        violations: by constraint with exact invariants, the steps in which one was broken.
+        scores: SQSD of a screened dataset's rows less the threshold, counted in the buckets of
+            `safeft_sqsd_score`; empty: it did not screen. ``score_sum``: their sum.
+    """
+
+    quiet_s: float
+    step: dict[str, float] = field(default_factory=dict)
+    violations: dict[str, int] = field(default_factory=dict)
+    scores: list[int] = field(default_factory=list)
+    score_sum: float = 0.0
+
+
+@dataclass(frozen=True)
 class Report:
     """What an actor says.
 
@@ -64,6 +83,7 @@ class Report:
         events: those after the ones that were asked for.
         facts: what it found, once it is done (or below the gate).
         code, message, param: of the error, where there is one.
+        numbers: None: it cannot say.
     """
 
     outcome: ReportOutcome
@@ -72,6 +92,7 @@ class Report:
     code: str = ""
     message: str = ""
     param: str | None = None
+    numbers: Numbers | None = None
 
 
 class StageRunner(Protocol):

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
+import socket
 import threading
 
 from cluster.artifacts import open_store
 from cluster.controller.apply import Rules
 from cluster.controller.controller import Controller, Options
+from cluster.exporter import EXPORTER, NAMESPACE, Exporter, push_for_ever
+from cluster.metrics import Recorder, Snapshot
 from cluster.settings import Settings
 from cluster.state import Database
 from jobs.runtime import embedded_ray
 
 
 def run_controller(
-    settings: Settings, address: str | None, stop: threading.Event, options: Options | None = None
+    settings: Settings,
+    address: str | None,
+    stop: threading.Event,
+    options: Options | None = None,
+    *,
+    metrics_port: int | None = None,
+    metrics_host: str = "127.0.0.1",
 ) -> None:
     """Move jobs on until `stop` is set.
 
     Args:
         address: of a Ray cluster, where stages outlive this process; None: a Ray of its own, whose
             stages end with it and are taken up again, from their checkpoints, by the next one.
+        metrics_port: of a page for Prometheus; None: the page of the serving pool in the same Ray,
+            if one runs there, has this controller's numbers too.
 
     Raises:
-        SafeftError: the database has another schema, or no Ray answers.
+        SafeftError: the database has another schema, no Ray answers, or the port is taken.
     """
     # Ray and the jobs take seconds to import; nothing else here needs them.
     from cluster.controller.actors import ActorRunner
@@ -32,8 +46,26 @@ def run_controller(
     database.require_current()
     options = options or Options(rules=Rules(restores="restoring" in WORK))
     store = open_store(settings.artifacts_url)
+    recorder = Recorder()
+    source = f"controller-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    if metrics_port is not None:
+        page = Exporter()
+        page.include(source, recorder)
+        page.listen(metrics_host, metrics_port)
     with embedded_ray(address):
+        if metrics_port is None:
+            push_for_ever(recorder, source, _push_to_pool)
+        controller = Controller(
+            settings, database, store, ActorRunner(), options=options, recorder=recorder
+        )
         try:
-            Controller(settings, database, store, ActorRunner(), options=options).run(stop)
+            controller.run(stop)
         finally:
             database.close()
+
+
+def _push_to_pool(source: str, snapshot: Snapshot) -> None:
+    import ray
+
+    with contextlib.suppress(ValueError):  # nobody serves here
+        ray.get_actor(EXPORTER, namespace=NAMESPACE).push.remote(source, snapshot)

@@ -23,10 +23,12 @@ from cluster.artifacts import (
 from cluster.artifacts.names import model_prefix
 from cluster.controller.gate import policy_gate
 from cluster.controller.runner import Report, StageTask
+from cluster.controller.watch import Watch
 from cluster.job_spec import finetune_spec
 from cluster.provenance import PROVENANCE, Signed, SigningKey, Statement, checked_files
 from jobs.pipeline import JobResult, read_dataset, run_job, screen_file, train_job
 from jobs.spec import FinetuneSpec
+from jobs.verdict import iter_scores, known_score
 from safeft import __version__
 from safeft.cache import is_disk_full, sha256_file, write_whole
 from safeft.errors import (
@@ -53,10 +55,14 @@ _REFUSED: tuple[tuple[type[SafeftError], str, str], ...] = (
 )
 
 
-def perform(task: StageTask, progress: Progress) -> Report:
-    """Do the task's stage; whatever goes wrong is in the report."""
+def perform(task: StageTask, progress: Progress, watch: Watch | None = None) -> Report:
+    """Do the task's stage; whatever goes wrong is in the report.
+
+    Args:
+        watch: gathers what the stage measures.
+    """
     try:
-        report = WORK[task.stage](_Job(task, progress))
+        report = WORK[task.stage](_Job(task, progress, watch or Watch()))
         # No number that is none: neither PostgreSQL nor a client's JSON has a place for it.
         json.dumps(report.facts, allow_nan=False)
         return report
@@ -81,8 +87,8 @@ def _failed(error: Exception, message: str) -> Report:
 class _Job:
     """The job's working directory, and its spec."""
 
-    def __init__(self, task: StageTask, progress: Progress) -> None:
-        self.task, self.progress = task, progress
+    def __init__(self, task: StageTask, progress: Progress, watch: Watch) -> None:
+        self.task, self.progress, self.watch = task, progress, watch
         self.offer = task.settings.base_models[task.base_model]
         self.store = open_store(task.settings.artifacts_url)
         self.root = task.settings.work / task.job
@@ -133,7 +139,7 @@ def _validate(job: _Job) -> Report:
 
 def _screen(job: _Job) -> Report:
     spec = job.spec()
-    verdict, _ = screen_file(
+    verdict, where = screen_file(
         spec.data.train,
         model=spec.model,
         profile_root=spec.profile,
@@ -141,6 +147,8 @@ def _screen(job: _Job) -> Report:
         max_tokens=spec.data.max_tokens,
         progress=job.progress,
     )
+    scores = (score for row in iter_scores(where) if (score := known_score(row)) is not None)
+    job.watch.scored(scores, verdict.policy.row_threshold)
     facts = verdict.model_dump(mode="json")
     facts["risky_rows"] = facts["risky_rows"][:_SHOWN_ROWS]
     facts["reason"] = verdict.reason
@@ -155,7 +163,7 @@ def _screen(job: _Job) -> Report:
 
 def _train(job: _Job) -> Report:
     spec = job.spec()
-    trained = train_job(spec, job.progress, screening=job.screening).tuned
+    trained = train_job(spec, job.progress, screening=job.screening, on_step=job.watch.step).tuned
     manifest = trained.manifest
     return Report(
         "done",

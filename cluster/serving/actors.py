@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.exporter import Exporter, push_for_ever
+from cluster.exporter import EXPORTER, NAMESPACE, Exporter, push_for_ever
 from cluster.gate.policy import Policy
 from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
@@ -35,8 +35,7 @@ from cluster.serving.registry import BaseModel
 from cluster.serving.transformers_engine import EngineLimits
 from safeft.errors import ModelError
 
-NAMESPACE = "safeft"
-EXPORTER, KEEPER, PROBER = "safeft-exporter", "safeft-keeper", "safeft-prober"
+KEEPER, PROBER = "safeft-keeper", "safeft-prober"
 _REGISTRY_TIMEOUT_S = 10.0
 
 

@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs.finetune import checkpoints
 from jobs.finetune.failures import StopOnOurErrors, to_safeft_error
 from jobs.finetune.job import WorkerJob, train
-from jobs.finetune.telemetry import MetricsLog
+from jobs.finetune.telemetry import MetricsLog, OnStep
 from jobs.runtime import worker_environment
 from jobs.spec import FinetuneSpec
 from safeft.errors import SpecError, TrainingError
@@ -24,7 +24,9 @@ from safeft.progress import Progress
 _POLL_S = 0.3
 
 
-def run_workers(job: WorkerJob, output: Path, metrics: str, progress: Progress) -> Any:
+def run_workers(
+    job: WorkerJob, output: Path, metrics: str, progress: Progress, on_step: OnStep
+) -> Any:
     """Run Ray Train in a thread and pass on what rank 0 reports.
 
     Args:
@@ -71,7 +73,7 @@ def run_workers(job: WorkerJob, output: Path, metrics: str, progress: Progress) 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     try:
-        _follow(thread, job.mailbox, MetricsLog(output / metrics), progress)
+        _follow(thread, job.mailbox, MetricsLog(output / metrics), progress, on_step)
     except ray.exceptions.RayError as error:
         raise TrainingError(f"Ray was lost while training ({type(error).__name__})") from error
     finally:
@@ -82,7 +84,13 @@ def run_workers(job: WorkerJob, output: Path, metrics: str, progress: Progress) 
     return outcome[0]
 
 
-def _follow(thread: threading.Thread, mailbox: Any, log: MetricsLog, progress: Progress) -> None:
+def _follow(
+    thread: threading.Thread,
+    mailbox: Any,
+    log: MetricsLog,
+    progress: Progress,
+    on_step: OnStep,
+) -> None:
     label, since, last = "starting training workers", time.monotonic(), None
     while True:
         running = thread.is_alive()
@@ -91,6 +99,7 @@ def _follow(thread: threading.Thread, mailbox: Any, log: MetricsLog, progress: P
                 label, since, last = event, time.monotonic(), None
             else:
                 log.add(event)
+                on_step(event)
                 last = event
                 progress("training", int(event["step"]), int(event["total_steps"]))
         if not running:

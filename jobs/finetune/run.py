@@ -26,7 +26,14 @@ from jobs.finetune.manifest import (
     weights_kind,
 )
 from jobs.finetune.parts import absolute
-from jobs.finetune.telemetry import Mailbox, StepMetrics, read_metrics, write_metrics
+from jobs.finetune.telemetry import (
+    Mailbox,
+    OnStep,
+    StepMetrics,
+    read_metrics,
+    unheard,
+    write_metrics,
+)
 from jobs.runtime import embedded_ray
 from jobs.spec import FinetuneSpec
 from safeft.cache import locked, publish_dir, sha256_file, write_whole
@@ -68,6 +75,7 @@ def finetune(
     output: Path,
     weights: Sequence[float] | None = None,
     progress: Progress = silent,
+    on_step: OnStep = unheard,
 ) -> FinetuneResult:
     """Train on `rows` under the spec's constraints; leave an adapter or a model in `output`.
 
@@ -83,6 +91,7 @@ def finetune(
         weights: of each row, what its loss is multiplied with; each step's loss is then the
             weighted mean. None: all rows count alike.
         progress: told the phase and its seconds, and while training the step.
+        on_step: told the metrics of each step that this call trains.
 
     Raises:
         SpecError: `output` holds another run, or the machines cannot run this spec.
@@ -115,7 +124,7 @@ def finetune(
                 mailbox=Mailbox.remote(),
             )
             started = time.perf_counter()
-            result = run_workers(job, output, METRICS, progress)
+            result = run_workers(job, output, METRICS, progress, on_step)
             seconds = time.perf_counter() - started
         return _publish(spec, identity, table, result, seconds, output)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safeft.cache import write_whole
 from safeft.errors import TrainingError
 
 StepMetrics = dict[str, float]  # "step" counts from 1
+OnStep = Callable[[StepMetrics], None]  # told of each step, in order
 
 
 class _Mailbox:
@@ -42,6 +43,10 @@ def post(mailbox: Any, event: str | StepMetrics) -> None:
         ray.get(mailbox.post.remote(event))
     except ray.exceptions.RayActorError as error:
         raise TrainingError("the run was interrupted") from error
+
+
+def unheard(metrics: StepMetrics) -> None:
+    """Steps that nobody watches; they are in ``metrics.jsonl`` all the same."""
 
 
 class MetricsLog:

@@ -61,12 +61,14 @@ class FactorStack:
         A: ``(L, r, d_in)``, fp32, a copy of the parameters that carries its own gradient.
         B: ``(L, d_out, r)``, fp32, likewise.
         scale: LoRA's ``s`` of these modules.
+        eps: machine epsilon of the parameters that were copied.
     """
 
     names: tuple[str, ...]
     A: Tensor
     B: Tensor
     scale: float
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,11 @@ class Constraint(ABC):
         return factors
 
     def metrics(self, stacks: Sequence[FactorStack]) -> dict[str, float]:
-        """Under LoRA: what to say about the current update. A number that is 0/0 is left out."""
+        """Under LoRA: what to say about the current update. A number that is 0/0 is left out.
+
+        ``<name>_limit`` beside a number is the most that rounding explains of it: above that, the
+        constraint did not hold.
+        """
         return {}
 
 
@@ -199,6 +205,7 @@ def stack_factors(groups: Sequence[Sequence[LoraPair]]) -> list[FactorStack]:
             A=torch.stack([pair.A.detach().float() for pair in group]).requires_grad_(),
             B=torch.stack([pair.B.detach().float() for pair in group]).requires_grad_(),
             scale=group[0].scale,
+            eps=torch.finfo(group[0].A.dtype).eps,
         )
         for group in groups
     ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from safeft.constraints.base import Constraint, FactorStack, ForwardTerm, ProfileFiles
 from safeft.constraints.l2 import check_strength, squared_norms
+from safeft.constraints.projection import rounding_limit
 from safeft.errors import ProfileError
 from safeft.weights import Layers, TrainedLayers, chosen_layers
 
@@ -127,14 +128,20 @@ class Cwac(Constraint):
         return None if self._activation is None else self._activation(model, step)
 
     def metrics(self, stacks: Sequence[FactorStack]) -> dict[str, float]:
-        """``weight_drift``: ``‖ΔW·U‖_F / ‖ΔW‖_F`` over the covered layers; none at ΔW = 0."""
-        inside = total = 0.0
+        """``weight_drift``: ``‖ΔW·U‖_F / ‖ΔW‖_F`` over the covered layers; none at ΔW = 0. With
+        ``weight_drift_limit`` where the update is projected, not just the gradient."""
+        inside = total = eps = 0.0
         for stack in stacks:
             for index, name in enumerate(stack.names):
                 if name not in self._bases:
                     continue
-                A, B = stack.A[index], stack.B[index]
+                A, B, eps = stack.A[index], stack.B[index], max(eps, stack.eps)
                 U = self._bases[name] = self._bases[name].to(A.device)
                 inside += stack.scale**2 * float(squared_norms(B[None], (A @ U)[None]))
                 total += stack.scale**2 * float(squared_norms(B[None], A[None]))
-        return {"weight_drift": math.sqrt(max(inside, 0.0) / total)} if total > 0 else {}
+        if not total > 0:
+            return {}
+        found = {"weight_drift": math.sqrt(max(inside, 0.0) / total)}
+        if self._config.project == "update":
+            found["weight_drift_limit"] = rounding_limit(eps)
+        return found

@@ -72,6 +72,7 @@ class ConstraintHooks:
         self._update_bases = _one_basis_a_layer([c.update_bases() for c in constraints])
         self._gradient_bases = _one_basis_a_layer([c.gradient_bases() for c in constraints])
         self._projection = UpdateProjection(self._update_bases)
+        self._projecting = "+".join(c.name for c in constraints if c.update_bases())
         self._anchored_layers = {name for a in anchors.values() for name in a}
         self._shards: dict[str, MatrixShard] = {}
         self.origins: dict[str, Origin] = {}
@@ -221,7 +222,8 @@ class ConstraintHooks:
         elif thorough and self._update_bases:
             drift = self._projection.drift(list(self._shards.values()), self.origins, self._group)
             if drift is not None:
-                found["weight_drift"] = drift
+                name = f"{self._projecting}/weight_drift"
+                found[name], found[f"{name}_limit"] = drift
         return found
 
     def _freeze(self, names: set[str]) -> None:

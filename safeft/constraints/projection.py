@@ -23,6 +23,17 @@ from safeft.constraints.shards import (
 )
 
 
+def rounding_limit(eps: float, weight: float = 1.0, update: float = 1.0) -> float:
+    """How large ``‖ΔW·U‖_F / ‖ΔW‖_F`` may be after a projection in floating point.
+
+    Args:
+        eps: machine epsilon of the numbers that are kept.
+        weight, update: ``‖W‖_F`` and ``‖ΔW‖_F`` where W itself is kept and rounded; alike where the
+            update is.
+    """
+    return 1e-5 + 4 * eps * weight / update
+
+
 class UpdateProjection:
     """The projection of some layers' updates.
 
@@ -70,20 +81,29 @@ class UpdateProjection:
         shards: Sequence[MatrixShard],
         origins: Mapping[str, Origin],
         group: RankGroup,
-    ) -> float | None:
-        """``‖ΔW·U‖_F / ‖ΔW‖_F`` over all covered layers; None at ΔW = 0. All ranks call alike."""
+    ) -> tuple[float, float] | None:
+        """``‖ΔW·U‖_F / ‖ΔW‖_F`` over all covered layers, and its `rounding_limit`.
+
+        None at ΔW = 0. All ranks call alike.
+        """
         updates = self._updates(shards, origins)
         products = right_products(updates, [self._basis(update) for update in updates], group)
         inside = torch.zeros((), dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64)
+        weight = torch.zeros((), dtype=torch.float64)
         for update, product in zip(updates, products, strict=True):
             total += update.delta.pow(2).sum().double().cpu()
+            weight += update.shard.values.pow(2).sum().double().cpu()
             # A split row stands on several ranks: the one that holds its beginning counts it.
             begun = 1 if update.shard.start % update.shard.cols else 0
             inside += product[begun:].pow(2).sum().double().cpu()
-        sums = torch.stack([inside, total]).to(shards[0].values.device)
-        inside, total = summed([sums], group)[0]
-        return math.sqrt(inside / total) if total > 0 else None
+        kept = shards[0].values
+        sums = torch.stack([inside, total, weight]).to(kept.device)
+        inside, total, weight = summed([sums], group)[0]
+        if not total > 0:
+            return None
+        eps = torch.finfo(kept.dtype).eps
+        return math.sqrt(inside / total), rounding_limit(eps, math.sqrt(weight), math.sqrt(total))
 
     def _updates(
         self, shards: Sequence[MatrixShard], origins: Mapping[str, Origin]

@@ -1,6 +1,7 @@
 """A controller as a process of its own, to be killed.
 
-``python -m tests.control.controllers SETTINGS.json ray HOST:PORT`` runs stages on Ray,
+``python -m tests.control.controllers SETTINGS.json ray HOST:PORT PORT`` runs stages on Ray, with a
+page for Prometheus,
 ``... SETTINGS.json files DIRECTORY`` as files.
 """
 
@@ -19,13 +20,13 @@ from tests.control.stages import FileRunner
 OPTIONS = Options(tick_s=0.05, poll_s=0.1, claim_ttl_s=1.0, sweep_s=1.0)
 
 
-def main(settings_file: str, kind: str, where: str) -> None:
+def main(settings_file: str, kind: str, where: str, metrics_port: str = "") -> None:
     settings = Settings.model_validate_json(Path(settings_file).read_bytes())
     stop = threading.Event()
     if kind == "ray":
         from cluster.controller.service import run_controller
 
-        run_controller(settings, where, stop, OPTIONS)
+        run_controller(settings, where, stop, OPTIONS, metrics_port=int(metrics_port))
         return
     database = Database(settings.database_url)
     store = open_store(settings.artifacts_url)

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.artifacts import ArtifactStore, open_store
 from cluster.controller.controller import Controller, Options
 from cluster.controller.runner import Report, RunnerUnavailable, StageEvent, StageTask
+from cluster.metrics import Recorder
 from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
 from cluster.state.models import Job
@@ -129,6 +130,7 @@ class World:
         )
         self.store: ArtifactStore = open_store(f"file://{home}/artifacts")
         self.runner = MemoryRunner()
+        self.recorder = Recorder()
         self.controller = self.make()
         add_tenant(database, "ten_a")
         with database.system() as session:
@@ -141,6 +143,7 @@ class World:
             self.store,
             self.runner,
             options=Options(claim_ttl_s=30.0, sweep_s=1e9, **options),
+            recorder=self.recorder,
             clock=lambda: self.now,
         )
 

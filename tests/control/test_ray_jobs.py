@@ -21,6 +21,7 @@ import httpx2
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import select
 
 from cluster.provenance import verify_model
@@ -31,6 +32,7 @@ from safeft.data import encode_prompt
 from safeft.models import load_model, load_tokenizer
 from safeft.profile import SafetyProfile
 from tests.control.server import Api, running_api
+from tests.test_serving_ray import free_port
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
 
@@ -129,11 +131,15 @@ def test_the_whole_story_over_a_killed_controller(
         try:
             _await(lambda: jobs.retrieve(good.id).phase == "training", controller, log)
             _await(lambda: "training workers" in _events(client, good.id), controller, log)
+            first = _numbers(tmp_path)
             controller.kill()
             controller.wait()
             controller = start_controller(tmp_path, ray_address)
             _await(lambda: jobs.retrieve(good.id).finished_at is not None, controller, log)
             _await(lambda: jobs.retrieve(poisoned.id).finished_at is not None, controller, log)
+            finished = "safeft_jobs_finished_total"
+            _await(lambda: len(_numbers(tmp_path).get(finished, {})) == 2, controller, log)
+            second = _numbers(tmp_path)
         finally:
             controller.kill()
             controller.wait()
@@ -153,6 +159,14 @@ def test_the_whole_story_over_a_killed_controller(
             (stage, "done")
             for stage in ("validating", "screening", "training", "evaluating", "publishing")
         ]
+        assert first["safeft_screenings_total"]["accepted", "ten_a"] == 1
+        assert first["safeft_sqsd_score_bucket"]["tiny", "+Inf"] % 8 == 0  # rows
+        assert second[finished] == {
+            ("", "succeeded", "ten_a"): 1,
+            ("dataset_rejected", "failed", "ten_a"): 1,
+        }
+        assert second["safeft_stage_attempts_total"]["done", "training"] == 1
+        assert second["safeft_trained_tokens_total"]["tiny", "ten_a"] > 0
         _check_model(api, client, str(done.fine_tuned_model), tmp_path / "downloaded")
     database.close()
 
@@ -175,9 +189,23 @@ def _events(client: openai.OpenAI, job_id: str) -> str:
     return " ".join(e.message for e in client.fine_tuning.jobs.list_events(job_id, limit=100))
 
 
+def _numbers(tmp_path: Path) -> dict[str, dict[tuple[str, ...], float]]:
+    """The controller's page for Prometheus: samples by name and label values."""
+    port = (tmp_path / "metrics-port").read_text()
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    page = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
 def start_controller(tmp_path: Path, address: str) -> subprocess.Popen[bytes]:
     log = (tmp_path / "controller.log").open("ab")
-    arguments = [str(tmp_path / "settings.json"), "ray", address]
+    port = str(free_port())
+    (tmp_path / "metrics-port").write_text(port)
+    arguments = [str(tmp_path / "settings.json"), "ray", address, port]
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.control.controllers", *arguments],
         cwd=ROOT,
