@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cluster.serving.client import Admin
 from cluster.serving.pool import token
 from safeft.models import weights_hash
 from safeft.profile import SafetyProfile
+from tests.test_prometheus_live import ask, firing
 from tests.test_serving_ray import eventually, free_port, row
 from tests.tinyadapters import save_adapter
 
@@ -39,7 +41,7 @@ def test_up_serves_quarantines_and_stops_on_ctrl_c(tiny_dir: Path, tmp_path: Pat
         *(sys.executable, "-m", "cluster.cli.main", "up", "--model", str(tiny_dir), "--json"),
         *("--profile", str(tmp_path / "profile"), "--state", str(tmp_path / "state")),
         *("--adapter", f"acme/bot={tmp_path / 'adapter'}"),
-        *("--port", str(free_port()), "--metrics-port", "0"),
+        *("--port", str(free_port()), "--metrics-port", "0", "--prometheus-port", "0"),
     ]
     errors = (tmp_path / "errors").open("w")
     process = subprocess.Popen(
@@ -62,6 +64,10 @@ def test_up_serves_quarantines_and_stops_on_ctrl_c(tiny_dir: Path, tmp_path: Pat
         admin = Admin(url, token(Path(addresses["state"]) / "admin-token"))
         # A random model refuses nothing, and is found out.
         eventually(lambda: row(admin, "acme/bot")["state"] == "quarantined")
+        assert ("prometheus" in addresses) == bool(shutil.which("prometheus"))
+        if watcher := addresses.get("prometheus"):
+            eventually(lambda: ("SafeftGateQuarantined", "acme/bot") in firing(watcher))
+            assert ask(watcher, 'up{job="ray"} == 1')
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGINT)

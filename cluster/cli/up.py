@@ -27,6 +27,12 @@ def up(
     host: Annotated[str, typer.Option(help="Where the API listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535)] = 9400,
+    prometheus: Annotated[
+        bool | None, typer.Option(help="Start Prometheus too; default: if it is installed.")
+    ] = None,
+    prometheus_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where it listens; 0: any free port.")
+    ] = 9490,
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the base model.")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Grow up to so many under load.")
@@ -49,6 +55,7 @@ def up(
     gate's state is kept for the next time.
     """
     from cluster.gate.policy import Policy
+    from cluster.prometheus import free_port, program, running_prometheus
     from cluster.serving.client import Admin
     from cluster.serving.pool import PoolConfig, running_pool, token
     from jobs.runtime import embedded_ray, usable_cpus
@@ -64,6 +71,8 @@ def up(
     if max_age <= 2 * probe_every:
         raise InputError("--max-age: must be more than twice --probe-every, or healthy models fall")
     adapters = dict(_named(text) for text in adapter or ())
+    watcher = program(prometheus)
+    watched_at = free_port(prometheus_port) if watcher else 0
     with progress_bars() as progress:
         base = resolve(model, progress)
         found = SafetyProfile.for_weights(weights_hash(base), profile)
@@ -84,21 +93,28 @@ def up(
     with embedded_ray(address), contextlib.ExitStack() as stack:
         with progress_bars() as progress:
             pool = stack.enter_context(running_pool(replace(config, gpus=_gpus()), progress))
+            addresses = {"api": f"{pool.url}/v1", "metrics": pool.metrics_url}
+            if watcher:
+                progress("starting Prometheus", 0, None)
+                directory = pool.state / "prometheus"
+                server = running_prometheus(
+                    watcher, directory, watched_at, pool.metrics_url, _ray_pages()
+                )
+                addresses["prometheus"] = stack.enter_context(server)
         stack.callback(err.print, "stopping")
         admin = Admin(pool.url, token(pool.state / "admin-token"))
         for name, directory in adapters.items():
             admin.post("models", model=name, adapter=str(directory))
-        addresses = {
-            "api": f"{pool.url}/v1",
-            "metrics": pool.metrics_url,
-            "state": str(pool.state),
-            "models": [pool.base.name, *adapters],
-        }
+        addresses["state"] = str(pool.state)
+        models = [pool.base.name, *adapters]
         if as_json:
-            print_json(addresses)
+            print_json({**addresses, "models": models})
         else:
             for what, where in addresses.items():
-                out.print(f"[bold]{what:8}[/] {escape(str(where))}")
+                out.print(f"[bold]{what:10}[/] {escape(where)}")
+            out.print(f"[bold]models    [/] {escape(', '.join(models))}")
+            if watcher is None and prometheus is None:
+                out.print("no Prometheus: it is not installed (Debian: apt install prometheus)")
             out.print("models answer when their first round of probes is over: safeft models list")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):  # how it ends; nothing is left to continue
@@ -113,6 +129,14 @@ def _named(text: str) -> tuple[str, Path]:
     if not (name and equals and directory):
         raise InputError(f"--adapter: must be NAME=DIRECTORY, not {text}")
     return name, Path(directory).absolute()
+
+
+def _ray_pages() -> list[str]:
+    """Where Ray's nodes serve their own metrics."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
 
 
 def _gpus() -> float:

@@ -136,6 +136,9 @@ class JobNumbers:
         for name, phase, count, since in session.execute(open_jobs):
             recorder.set("safeft_jobs", count, tenant=name, phase=phase)
             oldest[phase] = min(since, oldest.get(phase, since))
+            # Before the first one: Prometheus sees a rise only from a number that it has seen.
+            for verdict in ("accepted", "rejected", "review"):
+                recorder.inc("safeft_screenings_total", 0.0, tenant=name, verdict=verdict)
         for phase, since in oldest.items():
             age = max(0.0, self._clock() - since)
             recorder.set("safeft_job_phase_age_seconds", age, phase=phase)
@@ -173,6 +176,7 @@ class JobNumbers:
             elif after.endswith(("_fraction", "_drift")):
                 recorder.highest("safeft_training_invariant_ratio", value, **of)
         for constraint, steps in running.numbers.violations.items():
+            recorder.inc("safeft_training_violations_total", 0.0, constraint=constraint, **labels)
             recorder.highest(
                 "safeft_training_constraint_violated",
                 float(steps > 0),
