@@ -22,6 +22,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from cluster.metrics import METRICS, HistogramValue, Labels, Metric, Recorder, Snapshot
 from safeft.errors import InputError
@@ -141,7 +142,7 @@ def _histogram(
     metric: Metric, histograms: dict[tuple[str, Labels], HistogramValue]
 ) -> HistogramMetricFamily:
     family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
-    bounds = [*(format(bound, "g") for bound in metric.buckets), "+Inf"]
+    bounds = [*map(floatToGoString, metric.buckets), "+Inf"]
     for (name, labels), value in sorted(histograms.items(), key=lambda item: item[0]):
         if name == metric.name:
             below, cumulative = 0, []

@@ -138,7 +138,7 @@ def test_scores_below_and_above_the_threshold_are_on_the_page() -> None:
     recorder.add("safeft_sqsd_score", HistogramValue(counts, -40.0), base_model="tiny")
     exporter.include("here", recorder)
     page = samples(exporter)
-    assert page["safeft_sqsd_score_bucket[tiny][0]"] == 10
+    assert page["safeft_sqsd_score_bucket[tiny][0.0]"] == 10
     assert page["safeft_sqsd_score_bucket[tiny][+Inf]"] == 14
 
 
