@@ -13,7 +13,10 @@ import openai
 import pytest
 import ray
 
+from cluster.controller.actors import ActorRunner
+from cluster.controller.service import push_to_pool
 from cluster.gate.policy import Policy
+from cluster.metrics import Recorder
 from cluster.serving import actors
 from cluster.serving.client import Admin, Refused
 from cluster.serving.pool import Pool, PoolConfig, PoolError, running_pool, token
@@ -132,6 +135,16 @@ def test_one_page_has_the_numbers_of_gate_gateway_and_replica(
     assert number(pool, 'safeft_probes_total{answer="error"') == 0
     assert number(pool, "safeft_generated_tokens_total") > 0
     eventually(lambda: number(pool, 'safeft_requests_total{outcome="ok",route="chat"}') > 0)
+
+
+def test_a_controller_in_the_same_ray_is_on_that_page_and_leaves_the_pool_alone(
+    pool: Pool,
+) -> None:
+    recorder = Recorder()
+    recorder.set("safeft_jobs", 3, tenant="acme", phase="queued")
+    push_to_pool("controller", recorder.snapshot())
+    eventually(lambda: number(pool, 'safeft_jobs{phase="queued",tenant="acme"}') == 3)
+    assert ActorRunner().names() == set()  # else its sweep would stop the gate
 
 
 @pytest.mark.parametrize("stream", [True, False])

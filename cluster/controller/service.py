@@ -54,7 +54,7 @@ def run_controller(
         page.listen(metrics_host, metrics_port)
     with embedded_ray(address):
         if metrics_port is None:
-            push_for_ever(recorder, source, _push_to_pool)
+            push_for_ever(recorder, source, push_to_pool)
         controller = Controller(
             settings, database, store, ActorRunner(), options=options, recorder=recorder
         )
@@ -64,7 +64,8 @@ def run_controller(
             database.close()
 
 
-def _push_to_pool(source: str, snapshot: Snapshot) -> None:
+def push_to_pool(source: str, snapshot: Snapshot) -> None:
+    """Give a process's numbers to the exporter of the serving pool in this Ray, if there is one."""
     import ray
 
     with contextlib.suppress(ValueError):  # nobody serves here

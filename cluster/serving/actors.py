@@ -21,7 +21,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.exporter import EXPORTER, NAMESPACE, Exporter, push_for_ever
+from cluster.exporter import EXPORTER as EXPORTER
+from cluster.exporter import NAMESPACE as NAMESPACE
+from cluster.exporter import Exporter, push_for_ever
 from cluster.gate.policy import Policy
 from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
