@@ -15,6 +15,7 @@ demo: setup
 	$(BIN)/safeft demo
 
 # Two files at a time, each with one thread: as much as two cores can do.
+#
 # The rules of deploy/prometheus are tested with promtool, which comes with Prometheus (on Debian:
 # apt-get install prometheus prometheus-alertmanager). Without it those tests are skipped.
 test: setup
