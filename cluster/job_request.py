@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from safeft.constraints import ConstraintConfig
 
 Auto = Literal["auto"]
+OnQuarantine = Literal["unavailable", "previous"]
 Constraint = Annotated[ConstraintConfig, Field(discriminator="kind")]
 KINDS: tuple[str, ...] = tuple(
     config.__dataclass_fields__["kind"].default for config in get_args(ConstraintConfig)
@@ -55,6 +56,8 @@ class CreateJob(_Part):
 
     Clients that send strict types only may name the constraints in ``metadata.constraints``, as
     kinds with commas between. ``metadata.priority`` (0 to 9) orders the tenant's own jobs.
+    ``metadata.on_quarantine``: what answers for the model while it is quarantined: nothing
+    (``unavailable``), or the last good version of it (``previous``).
     """
 
     model: Annotated[str, Field(max_length=128)]
@@ -76,6 +79,8 @@ class CreateJob(_Part):
             raise ValueError("constraints: give them in `method` or in `metadata`, not in both")
         self.named_constraints()
         _ = self.priority
+        if on_quarantine(self.metadata) not in get_args(OnQuarantine):
+            raise ValueError("metadata.on_quarantine: must be unavailable or previous")
         return self
 
     @property
@@ -99,6 +104,11 @@ class CreateJob(_Part):
             text = (self.metadata or {})["constraints"]
             given = [kind.strip() for kind in text.split(",") if kind.strip()]
         return None if given is None else [as_config(entry) for entry in given]
+
+
+def on_quarantine(metadata: dict[str, str] | None) -> str:
+    """What a job's metadata say of its model."""
+    return (metadata or {}).get("on_quarantine", "unavailable")
 
 
 def as_config(entry: str | dict[str, Any]) -> Any:

@@ -25,11 +25,14 @@ class BaseModelOffer(_Part):
         source: where it comes from, as everywhere in safeft.
         profile: its safety profile; None: in the cache.
         max_tokens: of a row.
+        serving: ``http://host:port`` of the pool (`safeft up --settings`) that serves it and what
+            was tuned from it; None: it can be tuned, and not be asked.
     """
 
     source: Annotated[str, Field(min_length=1)]
     profile: Path | None = None
     max_tokens: Annotated[int, Field(ge=8)] = 512
+    serving: Annotated[str, Field(pattern=r"^https?://[^/\s]+:\d{1,5}$")] | None = None
 
 
 class Settings(_Part):
@@ -44,6 +47,7 @@ class Settings(_Part):
         max_upload_bytes: of one file.
         compute_slots: training workers at a time over all tenants.
         intake_slots: jobs that are validated or screened at a time.
+        adapter_cache_bytes: of published adapters on the disk of each machine that serves them.
     """
 
     database: str | None = None
@@ -55,6 +59,7 @@ class Settings(_Part):
     max_upload_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30
     compute_slots: Annotated[int, Field(ge=1)] = 1
     intake_slots: Annotated[int, Field(ge=1)] = 1
+    adapter_cache_bytes: Annotated[int, Field(ge=1)] = 8 * 2**30
 
     @property
     def database_url(self) -> str:
@@ -75,6 +80,10 @@ class Settings(_Part):
     def work(self) -> Path:
         """Where the stages of each job keep what they are working on."""
         return self.home.absolute() / "work"
+
+    def serving_state(self, base_model: str) -> Path:
+        """Where the pool that serves a base model keeps its gate's state and its tokens."""
+        return self.home.absolute() / "serving" / base_model
 
 
 def load_settings(path: Path | None) -> Settings:

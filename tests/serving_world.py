@@ -19,7 +19,9 @@ from cluster.gate.policy import Policy
 from cluster.metrics import Recorder
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
+from cluster.serving.disk_cache import DiskCache
 from cluster.serving.engine import Delta, EngineStats, Request
+from cluster.serving.front import require_front
 from cluster.serving.gateway import Gateway, GatewayConfig
 from cluster.serving.keeper import Keeper
 from cluster.serving.model_server import ModelServer
@@ -41,7 +43,10 @@ class Stack:
         *,
         policy: Policy | None = None,
         timeout_s: float = 30.0,
+        callers: tuple[str, ...] = (),
+        published: DiskCache | None = None,
     ) -> None:
+        self._callers, self._published = callers, published
         self.recorder = Recorder()
         self.server = ModelServer(build, self.recorder)
         self._state, self._policy, self._timeout_s = state, policy or Policy(), timeout_s
@@ -103,7 +108,7 @@ class Stack:
 
     def _app(self) -> FastAPI:
         self.admissions = Admissions()
-        self.keeper = Keeper(self._state, BASE, self._policy, self.recorder)
+        self.keeper = Keeper(self._state, BASE, self._policy, self.recorder, self._published)
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,9 +120,11 @@ class Stack:
                 await following
 
         app = FastAPI(lifespan=lifespan)
-        config = GatewayConfig(BASE.weights, SECRET, self._timeout_s)
+        config = GatewayConfig(BASE.weights, SECRET, self._timeout_s, self._callers)
         Gateway(config, self.admissions, self.server, self.recorder).add_to(app)
         add_admin(app, self.keeper, TOKEN)
+        if self._callers:
+            require_front(app, self._callers, SECRET)
         return app
 
 

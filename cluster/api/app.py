@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api import admin, errors, events, files, jobs, models, safety
+from cluster.api import admin, chat, errors, events, files, jobs, models, safety
 from cluster.api.services import Services
 from safeft import __version__
 
@@ -20,7 +20,7 @@ _UPLOADS = "/v1/files"  # bounds its body itself
 def create_app(services: Services) -> FastAPI:
     """The API over `services`; mount it, or serve it by itself.
 
-    Other routers (chat, metrics) may be added to what is returned: errors anywhere in it are
+    Other routers (metrics) may be added to what is returned: errors anywhere in it are
     answered in OpenAI's shape.
     """
     app = FastAPI(
@@ -30,7 +30,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.install(app)
-    for module in (files, events, jobs, models, safety, admin):
+    for module in (files, events, jobs, models, chat, safety, admin):
         app.include_router(module.router)
 
     @app.get("/healthz", include_in_schema=False)

@@ -63,7 +63,7 @@ def answer(error: ApiError) -> JSONResponse:
     return JSONResponse(content, error.status, headers=error.headers)
 
 
-def _told(error: Exception) -> ApiError:
+def told(error: Exception) -> ApiError:
     """What an exception of the layers below means to a client."""
     if isinstance(error, ApiError):
         return error
@@ -104,7 +104,7 @@ def install(app: FastAPI) -> None:
     """Answer every exception in this way."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
-        return answer(_told(error))
+        return answer(told(error))
 
     kinds = (
         *(ApiError, RequestValidationError, HTTPException),

@@ -112,6 +112,7 @@ def usage(services: With, caller: SafetyReader) -> dict[str, Any]:
             "object": "safety.usage",
             "gpu_seconds": quotas.gpu_seconds(session, tenant.id),
             "stored_bytes": quotas.stored_bytes(session),
+            "chat": quotas.chat_usage(session),
             "open_jobs": session.scalars(unfinished).one(),
             "limits": settings(tenant),
         }

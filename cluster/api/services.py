@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import httpx
 from fastapi import Depends, Request
 
+from cluster.api.pools import pool_client
 from cluster.artifacts import ArtifactStore, open_store
 from cluster.provenance import PublicKey, SigningKey
 from cluster.settings import Settings
 from cluster.state import Database
+from cluster.tenancy.metering import Meter
 from cluster.tenancy.quotas import RateLimiter
 
 
@@ -28,6 +31,11 @@ class Services:
     rates: RateLimiter = field(default_factory=RateLimiter)
     event_poll_s: float = 0.5
     upload_idle_s: float = 60.0
+    pools: httpx.AsyncClient = field(default_factory=pool_client)
+    meter: Meter = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "meter", Meter(self.database, self.clock))
 
     @classmethod
     def open(cls, settings: Settings) -> Services:

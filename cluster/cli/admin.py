@@ -86,6 +86,7 @@ def set_limits(
     max_open_jobs: Annotated[int | None, typer.Option(min=0)] = None,
     max_storage_bytes: Annotated[int | None, typer.Option(min=0)] = None,
     max_gpu_seconds: Annotated[float | None, typer.Option(min=0)] = None,
+    max_chat_tokens: Annotated[int | None, typer.Option(min=0)] = None,
     requests_per_second: Annotated[float | None, typer.Option(min=0.001)] = None,
 ) -> None:
     """Change the limits that are given; the others stay."""
@@ -95,6 +96,7 @@ def set_limits(
         "max_open_jobs": max_open_jobs,
         "max_storage_bytes": max_storage_bytes,
         "max_gpu_seconds": max_gpu_seconds,
+        "max_chat_tokens": max_chat_tokens,
         "requests_per_second": requests_per_second,
     }
     limits = {limit: value for limit, value in given.items() if value is not None}

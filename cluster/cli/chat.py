@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,8 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2048)] = 96,
     url: Annotated[
-        str | None, typer.Option(help="Ask a server, as `safeft up` printed its address.")
+        str | None,
+        typer.Option(help="Ask a server: what `safeft up` printed, or an API (SAFEFT_API_KEY)."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --message: print question and answer as JSON.")
@@ -98,4 +100,5 @@ def _loaded(source: str, adapter: Path | None, max_new_tokens: int) -> Answer:
 def _served(url: str, model: str | None, max_new_tokens: int) -> Answer:
     from cluster.serving.client import chat_stream
 
-    return lambda turns: chat_stream(url, model, turns, max_new_tokens)
+    key = os.environ.get("SAFEFT_API_KEY")
+    return lambda turns: chat_stream(url, model, turns, max_new_tokens, key)

@@ -33,7 +33,8 @@ def api(
             f"--host {host}: keys would travel in the clear; give --certificate and --private-key, "
             "or stay on loopback behind a proxy with TLS"
         )
-    app = create_app(Services.open(load_settings(settings)))
+    services = Services.open(load_settings(settings))
+    app = create_app(services)
     err.print(f"the API is at http{'' if certificate is None else 's'}://{host}:{port}")
     uvicorn.run(
         app,
@@ -46,6 +47,7 @@ def api(
         timeout_keep_alive=30,
         server_header=False,
     )
+    services.meter.flush()
 
 
 def controller(

@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from cluster.cli.console import err, out, print_json, progress_bars
 
+if TYPE_CHECKING:
+    from cluster.serving.disk_cache import Artifacts
+
 
 def up(
-    model: Annotated[str, typer.Option(help="Base model, as a source string.")] = "demo:aligned",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model, as a source string; with --settings, the name it has there."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=DIRECTORY of an adapter to serve as well; repeatable."),
@@ -24,8 +32,17 @@ def up(
     profile: Annotated[
         Path | None, typer.Option(help="Safety profile; by default the model's in the cache.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Where the API listens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="The control plane's YAML: serve what it publishes, to its API alone."),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Where the API listens; default: this machine, or --settings'."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: 8000, or --settings'.")
+    ] = None,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535)] = 9400,
     prometheus: Annotated[
         bool | None, typer.Option(help="Start Prometheus too; default: if it is installed.")
@@ -52,21 +69,24 @@ def up(
     """Serve a base model with adapters behind an OpenAI-compatible API, probed by the safety gate.
 
     The floor of refusals comes from the base model's safety profile. Ctrl-C stops everything; the
-    gate's state is kept for the next time.
+    gate's state is kept for the next time. With --settings, tenants chat through `safeft api`, and
+    `safeft controller` has their published models served.
     """
     from cluster.gate.policy import Policy
     from cluster.prometheus import free_port, program, running_prometheus
     from cluster.serving.client import Admin
+    from cluster.serving.front import ADMIN_TOKEN
     from cluster.serving.pool import PoolConfig, running_pool, token
     from jobs.runtime import embedded_ray, usable_cpus
     from safeft.errors import InputError
     from safeft.models import resolve, weights_hash
     from safeft.profile import SafetyProfile
 
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    place = _place(settings, model)
+    host, port = host or place.host, port or place.port
+    if settings is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise InputError(
-            "--host: the API knows no tenants' keys yet, so it listens on this machine only; put "
-            "a proxy that authenticates in front of it"
+            "--host: without --settings nobody's key is checked, so it listens on this machine only"
         )
     if max_age <= 2 * probe_every:
         raise InputError("--max-age: must be more than twice --probe-every, or healthy models fall")
@@ -74,16 +94,18 @@ def up(
     watcher = program(prometheus)
     watched_at = free_port(prometheus_port) if watcher else 0
     with progress_bars() as progress:
-        base = resolve(model, progress)
-        found = SafetyProfile.for_weights(weights_hash(base), profile)
+        base = resolve(place.source, progress)
+        found = SafetyProfile.for_weights(weights_hash(base), profile or place.profile)
         policy = Policy.from_profile(found, max_age)
         config = PoolConfig(
             policy=policy,
             base=str(base),
-            name=model,
-            state=state,
+            name=place.name,
+            state=state or place.state,
             host=host,
             port=port,
+            front=settings is not None,
+            artifacts=place.artifacts,
             metrics_port=metrics_port,
             min_replicas=replicas,
             max_replicas=max(replicas, max_replicas or replicas),
@@ -102,7 +124,7 @@ def up(
                 )
                 addresses["prometheus"] = stack.enter_context(server)
         stack.callback(err.print, "stopping")
-        admin = Admin(pool.url, token(pool.state / "admin-token"))
+        admin = Admin(pool.url, token(pool.state / ADMIN_TOKEN))
         for name, directory in adapters.items():
             admin.post("models", model=name, adapter=str(directory))
         addresses["state"] = str(pool.state)
@@ -120,6 +142,49 @@ def up(
         with contextlib.suppress(KeyboardInterrupt):  # how it ends; nothing is left to continue
             while True:
                 signal.pause()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is served, and where: as the command line says, or the control plane's settings."""
+
+    source: str
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    profile: Path | None = None
+    state: Path | None = None
+    artifacts: Artifacts | None = None
+
+
+def _place(settings: Path | None, model: str | None) -> _Place:
+    from urllib.parse import urlsplit
+
+    from cluster.serving.disk_cache import Artifacts
+    from cluster.settings import load_settings
+    from safeft.errors import InputError
+
+    if settings is None:
+        source = model or "demo:aligned"
+        return _Place(source, source)
+    found = load_settings(settings)
+    served = {name: offer for name, offer in found.base_models.items() if offer.serving}
+    if model is None and len(served) == 1:
+        (model,) = served
+    if model not in served:
+        names = ", ".join(served) or "none: give one `serving: http://host:port` there"
+        raise InputError(f"--model: name a base model that {settings} has served ({names})")
+    offer = served[model]
+    address = urlsplit(offer.serving or "")
+    return _Place(
+        source=offer.source,
+        name=model,
+        host=address.hostname or "127.0.0.1",
+        port=address.port or 8000,
+        profile=offer.profile,
+        state=found.serving_state(model),
+        artifacts=Artifacts(found.artifacts_url, found.adapter_cache_bytes),
+    )
 
 
 def _named(text: str) -> tuple[str, Path]:

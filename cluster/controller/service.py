@@ -11,8 +11,10 @@ import threading
 from cluster.artifacts import open_store
 from cluster.controller.apply import Rules
 from cluster.controller.controller import Controller, Options
+from cluster.controller.registrar import Registrar
 from cluster.exporter import EXPORTER, NAMESPACE, Exporter, push_for_ever
 from cluster.metrics import Recorder, Snapshot
+from cluster.provenance import SigningKey
 from cluster.settings import Settings
 from cluster.state import Database
 from jobs.runtime import embedded_ray
@@ -46,6 +48,8 @@ def run_controller(
     database.require_current()
     options = options or Options(rules=Rules(restores="restoring" in WORK))
     store = open_store(settings.artifacts_url)
+    public_key = SigningKey.load_or_create(settings.signing_key).public
+    registrar = Registrar(settings, database, public_key)
     recorder = Recorder()
     source = f"controller-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     if metrics_port is not None:
@@ -59,6 +63,7 @@ def run_controller(
             settings, database, store, ActorRunner(), options=options, recorder=recorder
         )
         try:
+            threading.Thread(target=registrar.run, args=[stop], daemon=True).start()
             controller.run(stop)
         finally:
             database.close()

@@ -29,11 +29,13 @@ from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
 from cluster.serving.api_errors import ApiError
+from cluster.serving.disk_cache import Artifacts
+from cluster.serving.front import require_front
 from cluster.serving.gateway import Gateway, GatewayConfig
 from cluster.serving.keeper import Keeper
 from cluster.serving.model_server import Call, ModelServer, Result, build_transformers
 from cluster.serving.prober import Prober, ProberConfig, Questions
-from cluster.serving.registry import BaseModel
+from cluster.serving.registry import BaseModel, Published
 from cluster.serving.transformers_engine import EngineLimits
 from safeft.errors import ModelError
 
@@ -56,8 +58,11 @@ class ExporterActor(Exporter):
 class KeeperActor(Keeper):
     """The keeper, pushing its numbers."""
 
-    def __init__(self, state: str, base: BaseModel, policy: Policy) -> None:
-        super().__init__(Path(state), base, policy, pushed("keeper"))
+    def __init__(
+        self, state: str, base: BaseModel, policy: Policy, artifacts: Artifacts | None
+    ) -> None:
+        published = artifacts.cache() if artifacts else None
+        super().__init__(Path(state), base, policy, pushed("keeper"), published)
 
     async def ready(self) -> bool:
         """Answers when it was started."""
@@ -106,11 +111,22 @@ class Remote:
 class RegisteredAdapters:
     """An AdapterSource that asks the keeper where an adapter lies."""
 
+    def __init__(self, artifacts: Artifacts | None) -> None:
+        self._published = artifacts.cache() if artifacts else None
+
     def fetch(self, weights: str) -> Path:
         """See AdapterSource."""
+        location = self._location(weights)
+        if not isinstance(location, Published):
+            return location
+        if self._published is None:
+            raise ModelError(f"adapter {weights[:12]}: this pool has no artifact store any more")
+        return self._published.fetch(location)
+
+    def _location(self, weights: str) -> Path | Published:
         try:
             asked = actor(KEEPER).location.remote(weights)
-            return Path(ray.get(asked, timeout=_REGISTRY_TIMEOUT_S))
+            return ray.get(asked, timeout=_REGISTRY_TIMEOUT_S)  # type: ignore[no-any-return]
         except RayTaskError as error:
             raise error.cause from None
         except (RayActorError, TimeoutError, ValueError) as error:
@@ -157,6 +173,7 @@ def gateway_class() -> Any:
             self._admissions = Admissions()
             self._keeper = Remote(actor(KEEPER))
             self._token = admin_token
+            self._config = config
             self._gateway = Gateway(config, self._admissions, Replicas(replicas), pushed("gateway"))
 
         def __serve_build_asgi_app__(self) -> FastAPI:
@@ -173,6 +190,8 @@ def gateway_class() -> Any:
             app = FastAPI(title="safeft", lifespan=lifespan, openapi_url=None)
             self._gateway.add_to(app)
             add_admin(app, self._keeper, self._token)
+            if self._config.callers:
+                require_front(app, self._config.callers, self._config.probe_secret)
             return app
 
     return GatewayDeployment
@@ -184,8 +203,8 @@ def model_server_class(max_adapters: int) -> Any:
     class ModelServerDeployment(ModelServer):
         """One base model with the adapters that are asked for."""
 
-        def __init__(self, base: str, limits: EngineLimits) -> None:
-            adapters = RegisteredAdapters()
+        def __init__(self, base: str, limits: EngineLimits, artifacts: Artifacts | None) -> None:
+            adapters = RegisteredAdapters(artifacts)
             super().__init__(lambda: build_transformers(base, adapters, limits), pushed("replica"))
 
         @serve.multiplexed(max_num_models_per_replica=max_adapters)  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,7 +18,12 @@ from cluster.serving.lora import LoraWeights
 from safeft.errors import ModelError, SafeftError
 from safeft.models import adapter_hash, read_lora
 
+log = logging.getLogger(__name__)
 Ready = Callable[[LoraWeights | SafeftError], None]
+#: A store that does not answer holds up its own adapters, each in a thread; it must not keep those
+#: from being read that are there.
+_FETCHING = 32
+_READING = threading.BoundedSemaphore(2)
 
 
 class AdapterSource(Protocol):
@@ -41,6 +47,17 @@ def load_checked(
             model, is broken or not finite, or has a rank above `max_rank`.
     """
     directory = source.fetch(weights)
+    try:
+        with _READING:
+            return _read_checked(directory, weights, model, max_rank)
+    except ModelError as error:
+        log.warning("adapter %s is refused: %s", weights[:12], error)
+        # A tenant reads this: where its files lie is none of its business.
+        told = str(error).replace(str(directory), f"adapter {weights[:12]}")
+        raise ModelError(told) from error
+
+
+def _read_checked(directory: Path, weights: str, model: nn.Module, max_rank: int) -> LoraWeights:
     if (found := adapter_hash(directory)) != weights:
         raise ModelError(
             f"{directory}: its weights are {found[:12]}, not the registered {weights[:12]}; "
@@ -79,7 +96,7 @@ class AdapterCache:
         dropped: Callable[[str], None],
     ) -> None:
         self._load, self._capacity, self._dropped = load, capacity, dropped
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-loader")
+        self._pool = ThreadPoolExecutor(_FETCHING, thread_name_prefix="adapter-loader")
         self._lock = threading.Lock()
         self._loading: OrderedDict[str, Future[LoraWeights]] = OrderedDict()  # idle longest first
         self._users: dict[str, int] = {}

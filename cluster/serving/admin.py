@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.gate.record import Event, OnQuarantine, Record
 from cluster.serving.api_errors import ApiError
+from cluster.serving.registry import Published
 
 
 class Keepers(Protocol):
@@ -19,6 +20,11 @@ class Keepers(Protocol):
 
     async def register(self, model: str, directory: str, on_quarantine: OnQuarantine) -> Record:
         """See Keeper.register."""
+
+    async def register_published(
+        self, model: str, published: Published, base_weights: str, on_quarantine: OnQuarantine
+    ) -> Record:
+        """See Keeper.register_published."""
 
     async def decide(self, action: str, model: str, actor: str, reason: str) -> Record | None:
         """See Keeper.decide."""
@@ -33,13 +39,29 @@ class Keepers(Protocol):
         """See Keeper.probe_now."""
 
 
+class ArtifactBody(BaseModel):
+    """A published adapter, as its provenance names it."""
+
+    model_config = ConfigDict(extra="forbid")
+    prefix: str
+    files: dict[str, str]
+    base_weights: str
+
+
 class RegisterBody(BaseModel):
-    """``POST /admin/models``."""
+    """``POST /admin/models``: an adapter in a directory, or a published one."""
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    adapter: str
+    adapter: str | None = None
+    artifact: ArtifactBody | None = None
     on_quarantine: OnQuarantine = "unavailable"
+
+    @model_validator(mode="after")
+    def _one_place(self) -> RegisterBody:
+        if (self.adapter is None) == (self.artifact is None):
+            raise ValueError("adapter: give a directory or an artifact, one of both")
+        return self
 
 
 class DecisionBody(BaseModel):
@@ -77,7 +99,14 @@ def add_admin(app: FastAPI, keeper: Keepers, token: str) -> None:
         return JSONResponse([asdict(event) for event in found])
 
     async def register(body: RegisterBody) -> JSONResponse:
-        record = await keeper.register(body.model, body.adapter, body.on_quarantine)
+        if body.adapter is not None:
+            record = await keeper.register(body.model, body.adapter, body.on_quarantine)
+        else:
+            assert body.artifact is not None
+            where = Published(body.artifact.prefix, body.artifact.files)
+            record = await keeper.register_published(
+                body.model, where, body.artifact.base_weights, body.on_quarantine
+            )
         return JSONResponse(shown(record), 201)
 
     async def decide(body: DecisionBody) -> JSONResponse:

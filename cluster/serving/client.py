@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from cluster.serving.front import ADMIN_TOKEN
 from safeft.cache import cache_root
 from safeft.errors import InputError, SafeftError
 
@@ -41,9 +42,9 @@ class Admin:
             InputError: there is no token, or more than one.
         """
         if state is not None:
-            files = [state / "admin-token"]
+            files = [state / ADMIN_TOKEN]
         else:
-            files = sorted((cache_root() / "serving").glob("*/admin-token"))
+            files = sorted((cache_root() / "serving").glob(f"*/{ADMIN_TOKEN}"))
         if len(files) != 1 or not files[0].exists():
             found = ", ".join(str(file.parent) for file in files) or "none"
             raise InputError(
@@ -72,16 +73,24 @@ class Admin:
 
 
 def chat_stream(
-    url: str, model: str | None, turns: Sequence[dict[str, str]], max_tokens: int
+    url: str,
+    model: str | None,
+    turns: Sequence[dict[str, str]],
+    max_tokens: int,
+    key: str | None = None,
 ) -> Iterator[str]:
     """The pieces of one answer of a served model; `model` None takes the first one that is listed.
+
+    Args:
+        key: of the control plane's API; a pool without a front asks for none.
 
     Raises:
         Refused: the server's error, also one in the middle of the stream.
         InputError: nobody answers at `url`.
     """
     url = _plain(url)
-    with _connected(url), httpx.Client(timeout=_ANSWER_TIMEOUT_S) as client:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with _connected(url), httpx.Client(timeout=_ANSWER_TIMEOUT_S, headers=headers) as client:
         if model is None:
             model = _answer(client.get(f"{url}/v1/models"))["data"][0]["id"]
         body = {"model": model, "messages": list(turns), "stream": True, "max_tokens": max_tokens}

@@ -21,13 +21,13 @@ from cluster.serving.admissions import Admissions, OutOfRotation, until
 from cluster.serving.api_errors import ApiError, invalid_body, translate
 from cluster.serving.api_types import ChatBody, CompletionBody
 from cluster.serving.chat_format import DONE, Route, Shape
+from cluster.serving.front import PROBE_SECRET, tokens_comment
 from cluster.serving.model_server import Call, Result, Started
 from safeft.errors import SafeftError
 
 log = logging.getLogger(__name__)
 #: A probe names the weights that it asks, and proves that it is one.
 PROBE_WEIGHTS = "x-safeft-probe-weights"
-PROBE_SECRET = "x-safeft-probe-secret"
 
 
 class Replicas(Protocol):
@@ -48,11 +48,14 @@ class GatewayConfig:
         base_weights: hash of the base model: what is asked for without an adapter.
         probe_secret: of the prober.
         timeout_s: for a whole answer.
+        callers: tokens of those who may ask: an API that checks tenants' keys and meters what
+            they use, and administrators. Empty: whoever reaches it.
     """
 
     base_weights: str
     probe_secret: str
     timeout_s: float = 120.0
+    callers: tuple[str, ...] = ()
 
 
 class _Counted:
@@ -194,6 +197,8 @@ class Gateway:
                     counted.text()
                     for delta in batch:
                         tokens[delta.index] = delta.tokens
+                    if self._config.callers:
+                        yield tokens_comment(started.prompt_tokens, sum(tokens))
                     yield "".join(map(shape.piece, batch))
                 if body.usage_chunk:
                     yield shape.usage_chunk(started.prompt_tokens, sum(tokens))

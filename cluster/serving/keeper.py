@@ -18,7 +18,8 @@ from cluster.gate.record import Event, OnQuarantine, Record
 from cluster.gate.states import State
 from cluster.gate.store import SqlGateStore, sqlite_engine
 from cluster.metrics import Recorder
-from cluster.serving.registry import BaseModel, Registry
+from cluster.serving.disk_cache import DiskCache
+from cluster.serving.registry import BaseModel, Published, Registry
 from safeft.errors import InputError, ModelError
 from safeft.evaluate import AnswerClass
 from safeft.models import adapter_hash
@@ -46,12 +47,20 @@ class Keeper:
         state: directory of the database; one pool's alone.
         policy: that every model of the pool must hold to.
         recorder: where its numbers go.
+        published: where published adapters are fetched to; None: only directories are served.
     """
 
-    def __init__(self, state: Path, base: BaseModel, policy: Policy, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        state: Path,
+        base: BaseModel,
+        policy: Policy,
+        recorder: Recorder,
+        published: DiskCache | None = None,
+    ) -> None:
         engine = sqlite_engine(state / "gate.db")
         self._base, self._policy, self._recorder = base, policy, recorder
-        self._registry = Registry(engine)
+        self._registry, self._published = Registry(engine), published
         self.gate = Gate(SqlGateStore(engine), listeners=[self._heard])
         #: Generations of another start of this actor mean nothing.
         self._epoch = secrets.token_hex(8)
@@ -93,16 +102,46 @@ class Keeper:
             ModelError: there is no readable adapter.
             InputError: the name is the base model's, or empty.
         """
+        path = Path(directory).absolute()
+        return await self._serve(model, path, path, on_quarantine)
+
+    async def register_published(
+        self,
+        model: str,
+        published: Published,
+        base_weights: str,
+        on_quarantine: OnQuarantine = "unavailable",
+    ) -> Record:
+        """The same for an adapter in the artifact store, made for the base with `base_weights`.
+
+        Raises:
+            ModelError: it cannot be fetched, or is not what was published.
+            InputError: as `register`; or it is another base model's.
+        """
+        if base_weights != self._base.weights:
+            raise InputError(
+                f"artifact.base_weights: {model} was made for {base_weights[:12]}, this pool "
+                f"serves {self._base.weights[:12]}; register it with its own base model's pool"
+            )
+        if self._published is None:
+            raise InputError(
+                "artifact: this pool has no artifact store; see `safeft up --settings`"
+            )
+        path = await asyncio.to_thread(self._published.fetch, published)
+        return await self._serve(model, path, published, on_quarantine)
+
+    async def _serve(
+        self, model: str, path: Path, location: Path | Published, on_quarantine: OnQuarantine
+    ) -> Record:
         if not model.strip() or len(model) > 200 or not model.isprintable():
             raise InputError("model: a name has 1 to 200 printable characters")
         if model == self._base.name:
             raise InputError(f"model: {model} is the name of the base model; choose another one")
-        path = Path(directory).absolute()
         weights = await asyncio.to_thread(adapter_hash, path)
-        self._registry.put(weights, path)
+        self._registry.put(model, weights, location)
         return self._told(self.gate.register(model, weights, self._policy, on_quarantine))
 
-    async def location(self, weights: str) -> str:
+    async def location(self, weights: str) -> Path | Published:
         """Where an adapter lies.
 
         Raises:
@@ -110,7 +149,7 @@ class Keeper:
         """
         if (found := self._registry.get(weights)) is None:
             raise ModelError(f"adapter {weights[:12]} is not registered")
-        return str(found)
+        return found
 
     async def records(self) -> list[Record]:
         """Every served pair of name and weights."""
@@ -169,6 +208,8 @@ class Keeper:
         if action not in actions:
             raise InputError(f"action: must be one of {', '.join(actions)}, not {action!r}")
         record = actions[action](model, actor, reason)
+        if action == "retire":
+            self._registry.forget(model)
         self._changed.set()
         return record
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.gate.policy import Policy
+from cluster.serving.disk_cache import Artifacts
+from cluster.serving.front import ADMIN_TOKEN, FRONT_TOKEN
 from cluster.serving.registry import BaseModel
 from cluster.serving.transformers_engine import EngineLimits
 from safeft.cache import cache_root, write_whole
@@ -35,7 +37,9 @@ class PoolConfig:
         name: under which it is served itself; default: `base`.
         policy: that every model must hold to.
         state: directory of the gate's database and the tokens; default: in the cache, by weights.
-        host, port: of the tenants' API.
+        host, port: of the API.
+        front: answer only who has the token in the state directory: an API that checks keys.
+        artifacts: where published adapters are; None: only directories are served.
         metrics_port: of the page for Prometheus; 0: any free one.
         min_replicas, max_replicas: replicas come and go between them with the load.
         cpus: that each replica takes.
@@ -49,6 +53,8 @@ class PoolConfig:
     state: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    front: bool = False
+    artifacts: Artifacts | None = None
     metrics_port: int = 9400
     min_replicas: int = 1
     max_replicas: int = 1
@@ -103,7 +109,8 @@ def _start(config: PoolConfig, progress: Progress) -> Pool:
     base = BaseModel(str(directory), config.name or config.base, weights_hash(directory))
     state = config.state or default_state(base.weights)
     state.mkdir(parents=True, exist_ok=True)
-    admin, probing = token(state / "admin-token"), token(state / "probe-secret")
+    admin, probing = token(state / ADMIN_TOKEN), token(state / "probe-secret")
+    callers = (token(state / FRONT_TOKEN), admin) if config.front else ()
     require_free(config.host, config.port)
 
     def named(cls: type, name: str, *args: object) -> object:
@@ -121,7 +128,9 @@ def _start(config: PoolConfig, progress: Progress) -> Pool:
     progress("starting metrics and the safety gate", 0, None)
     exporter = named(actors.ExporterActor, actors.EXPORTER, config.host, config.metrics_port)
     metrics_port = _result(exporter.port.remote())  # type: ignore[attr-defined]
-    keeper = named(actors.KeeperActor, actors.KEEPER, str(state), base, config.policy)
+    keeper = named(
+        actors.KeeperActor, actors.KEEPER, str(state), base, config.policy, config.artifacts
+    )
     _result(keeper.ready.remote())  # type: ignore[attr-defined]
 
     progress("starting replicas", 0, None)
@@ -135,14 +144,14 @@ def _start(config: PoolConfig, progress: Progress) -> Pool:
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         graceful_shutdown_timeout_s=_STOP_S,
         **_scaling(config),
-    ).bind(str(directory), limits)
+    ).bind(str(directory), limits, config.artifacts)
     gateway = serve.deployment(
         actors.gateway_class(),
         name="gateway",
         max_ongoing_requests=4 * ongoing + 256,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=_STOP_S,
-    ).bind(GatewayConfig(base.weights, probing, config.timeout_s), admin, replicas)
+    ).bind(GatewayConfig(base.weights, probing, config.timeout_s, callers), admin, replicas)
     logs = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(
         proxy_location="HeadOnly",
@@ -157,14 +166,15 @@ def _start(config: PoolConfig, progress: Progress) -> Pool:
         serve.run(gateway, name=APP, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
         raise PoolError(f"serving did not start: {error}") from error
-    url = f"http://{config.host}:{config.port}"
+    reached = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    url = f"http://{reached}:{config.port}"
     prober = named(
         actors.ProberActor,
         actors.PROBER,
         ProberConfig(url, probing, config.probe_every_s),
     )
     prober.run.remote()  # type: ignore[attr-defined]
-    return Pool(url, f"http://{config.host}:{metrics_port}/metrics", base, state)
+    return Pool(url, f"http://{reached}:{metrics_port}/metrics", base, state)
 
 
 def _require_no_other() -> None:

@@ -19,7 +19,8 @@ import httpx
 
 from cluster.gate.policy import Probe
 from cluster.gate.record import Record
-from cluster.serving.gateway import PROBE_SECRET, PROBE_WEIGHTS
+from cluster.serving.front import PROBE_SECRET
+from cluster.serving.gateway import PROBE_WEIGHTS
 from safeft.evaluate import AnswerClass, classify_answer
 from safeft.prompts import load_prompts
 

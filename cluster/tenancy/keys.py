@@ -27,6 +27,7 @@ Scope = Literal[
     "models:read",
     "models:write",
     "safety:read",
+    "chat",
 ]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _SHOWN = re.compile(r"sf-([0-9a-f]{12})-([0-9a-f]{64})")

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from cluster.controller.phases import FINAL
 from cluster.state import TenantSession
-from cluster.state.models import File, Job, Stage, Tenant
+from cluster.state.models import ChatUsage, File, Job, Stage, Tenant
 from safeft.errors import SafeftError
 
 METERED = ("training", "evaluating", "restoring")
@@ -57,6 +57,33 @@ def gpu_seconds(session: Session, tenant_id: str) -> float:
         select(func.sum(seconds)).where(Stage.tenant_id == tenant_id, Stage.stage.in_(METERED))
     ).one()
     return float(used or 0.0)
+
+
+def check_chat(session: TenantSession, pending: int) -> None:
+    """Raise QuotaExceeded if the tenant's tokens are used up.
+
+    Asked before each request, which may then go over: nobody knows how long an answer will be.
+
+    Args:
+        pending: tokens that were used and are not written yet.
+    """
+    limit = session.scalars(select(Tenant.max_chat_tokens)).one()
+    if limit is None:
+        return
+    used = chat_usage(session)
+    tokens = used["prompt_tokens"] + used["completion_tokens"] + pending
+    if tokens >= limit:
+        raise QuotaExceeded(
+            f"max_chat_tokens: {tokens} of {limit} tokens are used; ask an administrator for more"
+        )
+
+
+def chat_usage(session: TenantSession) -> dict[str, int]:
+    """Requests to served models that were answered, and their tokens."""
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    sums = [func.sum(getattr(ChatUsage, name)) for name in names]
+    row = session.execute(select(*sums)).one()
+    return {name: int(found or 0) for name, found in zip(names, row, strict=True)}
 
 
 def _locked(session: TenantSession) -> Tenant:

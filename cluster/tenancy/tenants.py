@@ -58,6 +58,7 @@ class Limits(BaseModel):
         max_running_jobs: that train or are measured at a time.
         max_open_jobs: that are not finished.
         max_gpu_seconds: worker-seconds of training, evaluation and restoration in all.
+        max_chat_tokens: that served models read and generate for it in all.
         requests_per_second: over all of its keys, on each API server.
     """
 
@@ -67,6 +68,7 @@ class Limits(BaseModel):
     max_open_jobs: Annotated[int, Field(ge=0)] = 1000
     max_storage_bytes: Annotated[int, Field(ge=0)] = 50 * 2**30
     max_gpu_seconds: Annotated[float, Field(ge=0)] | None = None
+    max_chat_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     requests_per_second: Annotated[float, Field(gt=0)] = 50.0
 
 
