@@ -102,11 +102,14 @@ def test_no_server_no_token_and_a_wrong_token_name_the_way_out(
     assert "token is needed" in str(wrong.exception)
 
 
-def test_up_refuses_what_it_cannot_do(tiny_dir: Path) -> None:
+def test_up_refuses_what_it_cannot_do(tiny_dir: Path, tmp_path: Path) -> None:
+    plane = tmp_path / "plane.yaml"
+    plane.write_text("base_models: {mine: {source: x}}")
     for args, words in {
         ("--host", "0.0.0.0"): "this machine only",
         ("--max-age", "60"): "--probe-every",
         ("--adapter", "acme/bot"): "NAME=DIRECTORY",
+        ("--settings", str(plane)): "give one `serving:",
         ("--model", str(tiny_dir)): "safeft profile build",
     }.items():
         done = CliRunner().invoke(app, ["up", *args])

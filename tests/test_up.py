@@ -11,13 +11,19 @@ import sys
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
+import yaml
 
 from cluster.serving.client import Admin
-from cluster.serving.pool import token
+from cluster.serving.front import ADMIN_TOKEN
+from cluster.settings import load_settings
+from cluster.state import Database
 from safeft.models import weights_hash
 from safeft.profile import SafetyProfile
+from tests.control.chat_world import Plane
+from tests.control.server import running_api
 from tests.test_prometheus_live import ask, firing
 from tests.test_serving_ray import eventually, free_port, row
 from tests.tinyadapters import save_adapter
@@ -34,14 +40,21 @@ def write_baseline(model_dir: Path, root: Path) -> None:
     profile.write_record(directory, {})
 
 
-def test_up_serves_quarantines_and_stops_on_ctrl_c(tiny_dir: Path, tmp_path: Path) -> None:
+def test_up_serves_what_the_control_plane_publishes_to_its_api_and_stops_on_ctrl_c(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
     write_baseline(tiny_dir, tmp_path / "profile")
     save_adapter(tmp_path / "adapter", 1)
+    url = f"http://127.0.0.1:{free_port()}"
+    offer = {"source": str(tiny_dir), "profile": str(tmp_path / "profile"), "serving": url}
+    plane_file = tmp_path / "plane.yaml"
+    plane_file.write_text(
+        yaml.safe_dump({"home": str(tmp_path / "home"), "base_models": {"base": offer}})
+    )
     command = [
-        *(sys.executable, "-m", "cluster.cli.main", "up", "--model", str(tiny_dir), "--json"),
-        *("--profile", str(tmp_path / "profile"), "--state", str(tmp_path / "state")),
+        *(sys.executable, "-m", "cluster.cli.main", "up", "--settings", str(plane_file), "--json"),
         *("--adapter", f"acme/bot={tmp_path / 'adapter'}"),
-        *("--port", str(free_port()), "--metrics-port", "0", "--prometheus-port", "0"),
+        *("--metrics-port", "0", "--prometheus-port", "0"),
     ]
     errors = (tmp_path / "errors").open("w")
     process = subprocess.Popen(
@@ -57,11 +70,12 @@ def test_up_serves_quarantines_and_stops_on_ctrl_c(tiny_dir: Path, tmp_path: Pat
         else:
             pytest.fail((tmp_path / "errors").read_text())
         addresses = json.loads("".join(lines))
-        models = httpx.get(f"{addresses['api']}/models").json()["data"]
-        assert sorted(model["id"] for model in models) == sorted(["acme/bot", str(tiny_dir)])
+        assert addresses["api"] == f"{url}/v1"
+        assert addresses["models"] == ["base", "acme/bot"]
         assert "safeft_gate_models" in httpx.get(addresses["metrics"]).text
-        url = addresses["api"].removesuffix("/v1")
-        admin = Admin(url, token(Path(addresses["state"]) / "admin-token"))
+        assert httpx.get(f"{url}/v1/models").status_code == 401  # the control plane's API only
+        admin = Admin(url, (Path(addresses["state"]) / ADMIN_TOKEN).read_text())
+        _chat_through_the_api(plane_file, tiny_dir, admin)
         # A random model refuses nothing, and is found out.
         eventually(lambda: row(admin, "acme/bot")["state"] == "quarantined")
         assert ("prometheus" in addresses) == bool(shutil.which("prometheus"))
@@ -80,3 +94,33 @@ def test_up_serves_quarantines_and_stops_on_ctrl_c(tiny_dir: Path, tmp_path: Pat
             process.wait(timeout=180)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{addresses['api']}/models")
+
+
+def _chat_through_the_api(plane_file: Path, tiny_dir: Path, admin: Admin) -> None:
+    settings = load_settings(plane_file)
+    database = Database(settings.database_url)
+    database.migrate()
+    with running_api(database, settings.home, settings=settings) as api:
+        plane = Plane(api, None, settings.home)
+        plane.changed = {"base_weights": weights_hash(tiny_dir)}
+        client = api.tenant("ten_a")
+        model = plane.tune(client)
+        plane.registrar.look()
+        eventually(lambda: row(admin, model)["state"] == "quarantined")
+        asked = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}
+
+        def refusal() -> str | None:
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.chat.completions.create(model=model, **asked)
+            return caught.value.code
+
+        eventually(lambda: refusal() == "safety_quarantined")
+        admin.post("decisions", action="release", model=model, reason="a test's", actor="pytest")
+        eventually(lambda: bool(client.chat.completions.create(model=model, **asked).choices))
+        chunks = list(client.chat.completions.create(model=model, **asked, stream=True))
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        api.services.meter.flush()
+        headers = {"Authorization": f"Bearer {client.api_key}"}
+        used = httpx.get(f"{api.url}/v1/safety/usage", headers=headers).json()["chat"]
+        assert used["requests"] >= 2 and used["completion_tokens"] > 0
+    database.close()

@@ -51,10 +51,15 @@ class Located:
 
 
 class Plane:
-    """What tests look into. `base` is served; `off` is not, and `gone`'s pool does not answer."""
+    """What tests look into. `base` is served; `off` is not, and `gone`'s pool does not answer.
 
-    def __init__(self, api: Api, stack: Stack, home: Path) -> None:
-        self.api, self.stack, self.home = api, stack, home
+    `stack` is None where the pool is a process of its own.
+    """
+
+    def __init__(self, api: Api, stack: Stack | None, home: Path) -> None:
+        self.api, self.home = api, home
+        if stack is not None:
+            self.stack = stack
         self.settings, self.database = api.services.settings, api.database
         self.store = api.services.store
         self.key = SigningKey.load_or_create(self.settings.signing_key)

@@ -14,7 +14,9 @@ import httpx
 import openai
 import pytest
 from starlette.types import Receive, Scope, Send
+from typer.testing import CliRunner
 
+from cluster.cli.main import app
 from cluster.serving.engine import QueueFull
 from cluster.serving.front import FRONT_TOKEN, tokens_comment
 from cluster.settings import BaseModelOffer, Settings
@@ -111,6 +113,15 @@ def test_from_upload_to_chat_with_the_official_client(plane: Plane, tiny_dir: Pa
 def _delivered(chunks: list[Any], whole: Any) -> int:
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     return 2 * int(whole.usage.completion_tokens)
+
+
+def test_safeft_chat_talks_to_the_api_with_a_key(
+    plane: Plane, acme: openai.OpenAI, bot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFEFT_API_KEY", acme.api_key)
+    asked = ["chat", "--url", plane.api.url, "--model", bot, "-m", "What is a cat?", "--json"]
+    done = CliRunner().invoke(app, [*asked, "--max-new-tokens", "4"])
+    assert json.loads(done.stdout)["answer"], done.exception
 
 
 def test_the_usage_chunk_is_there_where_it_was_asked_for(plane: Plane, acme: openai.OpenAI) -> None:
