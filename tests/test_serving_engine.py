@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,8 +273,9 @@ def test_a_bad_adapter_fails_its_own_requests_with_the_reason(
     shelf.at[weights] = tmp_path / "bad"
     try:
         good = Asked(engine, Request(encode(PROMPTS[1]), GREEDY))
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match=message) as caught:
             Asked(engine, Request(encode("Hi"), GREEDY, weights)).answers()
+        assert str(tmp_path) not in str(caught.value)  # a tenant reads it
         assert good.answers() == [alone[None, PROMPTS[1]]]
     finally:
         del shelf.at[weights]
@@ -305,6 +307,40 @@ def test_an_unreachable_store_fails_only_who_needs_it_and_is_tried_again(
     shelf.reachable = True
     assert Asked(engine, Request(encode("Hi"), GREEDY, weights)).answers()
     del shelf.at[weights]
+
+
+class Hanging(Shelf):
+    """Like a store whose packets are dropped: only `at` is there, all else takes for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = threading.Event()
+
+    def fetch(self, weights: str) -> Path:
+        if weights not in self.at:
+            self.back.wait(120)
+            raise ModelError("the artifact store does not answer")
+        return super().fetch(weights)
+
+
+def test_a_store_that_hangs_holds_up_nobody_whose_adapter_is_there(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    shelf = Hanging()
+    weights = shelf.add(tmp_path / "here", 13)
+    engine = TransformersEngine(load_model(tiny_dir), load_tokenizer(tiny_dir), shelf)
+    try:
+        waiting = [
+            Asked(engine, Request(encode("Hi"), GREEDY, f"{number:064x}")) for number in range(8)
+        ]
+        assert Asked(engine, Request(encode("Hi"), GREEDY, weights)).answers()
+        shelf.back.set()
+        for one in waiting:
+            with pytest.raises(ModelError, match="does not answer"):
+                one.answers()
+    finally:
+        shelf.back.set()
+        engine.close()
 
 
 def test_adapters_used_longest_ago_are_dropped_and_loaded_again(

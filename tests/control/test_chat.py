@@ -70,6 +70,19 @@ def usage(plane: Plane, client: openai.OpenAI) -> dict[str, int]:
     return dict(found["chat"])
 
 
+@pytest.fixture
+def slowly(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer takes so long that what happens meanwhile is never too late."""
+    batch = plane.stack.server._engine._batch
+    step = batch.step
+
+    def slow() -> list[int]:
+        threading.Event().wait(0.05)
+        return step()
+
+    monkeypatch.setattr(batch, "step", slow)
+
+
 def test_from_upload_to_chat_with_the_official_client(plane: Plane, tiny_dir: Path) -> None:
     client = plane.api.tenant("ten_story")
     model = plane.tune(client, metadata={"on_quarantine": "previous"})
@@ -290,7 +303,7 @@ def test_nobody_gets_past_the_front(plane: Plane, acme: openai.OpenAI) -> None:
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_row_and_pays_for_what_there_was(
-    plane: Plane, acme: openai.OpenAI
+    plane: Plane, acme: openai.OpenAI, slowly: None
 ) -> None:
     before = usage(plane, acme)
     body = {"model": "base", "messages": USER, "max_tokens": 450, "temperature": 0, "stream": True}
@@ -308,7 +321,9 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_row_and_pays_for_what_ther
     assert after["prompt_tokens"] > before["prompt_tokens"]
 
 
-def test_deleting_a_model_ends_it_everywhere(plane: Plane, acme: openai.OpenAI) -> None:
+def test_deleting_a_model_ends_it_everywhere(
+    plane: Plane, acme: openai.OpenAI, slowly: None
+) -> None:
     model = plane.serve(acme)
     asked: Any = {"model": model, "messages": USER, "max_tokens": 450, "temperature": 0}
     stream = acme.chat.completions.create(**asked, stream=True)
