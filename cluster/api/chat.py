@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from cluster.api.auth import Chatter, Credentials, known_caller
 from cluster.api.errors import ApiError, invalid, told
 from cluster.api.models import published
-from cluster.api.pools import Pool, passed_on
+from cluster.api.pools import Pool, passed_on, unavailable
 from cluster.api.services import Services, With
 from cluster.serving.front import FRONT_TOKEN
 from cluster.state.models import PublishedModel
@@ -98,7 +98,7 @@ def _pool_of(services: Services, caller: Caller, model: str) -> Pool:
 
     Raises:
         ApiError: 404 for what does not exist and what is another tenant's, alike; or it is not
-            served here.
+            served here; 503 its pool was never started.
         QuotaExceeded: the tenant's tokens are used up.
     """
     offers = services.settings.base_models
@@ -120,8 +120,8 @@ def _pool_of(services: Services, caller: Caller, model: str) -> Pool:
         raise _no("model_not_served", f"The model `{model}` is a whole one; adapters are served")
     try:
         token = (services.settings.serving_state(base) / FRONT_TOKEN).read_text().strip()
-    except OSError:  # the pool was never started
-        token = ""
+    except OSError as error:
+        raise unavailable(offer.serving, "it was never started with these settings") from error
     return Pool(offer.serving, token)
 
 

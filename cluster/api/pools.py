@@ -88,7 +88,7 @@ async def passed_on(
     except _ClientLeft:
         return Response(status_code=_LEFT)
     except httpx.HTTPError as error:
-        raise _unavailable(pool, type(error).__name__) from error
+        raise unavailable(pool.url, type(error).__name__) from error
     found = _json(content)
     if response.is_success and "usage" in found:
         count(found["usage"]["prompt_tokens"], found["usage"]["completion_tokens"])
@@ -99,7 +99,7 @@ async def passed_on(
 def _error(pool: Pool, response: httpx.Response, found: dict[str, Any], model: str) -> Response:
     told = found.get("error")
     if not isinstance(told, dict) or response.status_code == 401:  # not for the tenant
-        raise _unavailable(pool, f"HTTP {response.status_code}")
+        raise unavailable(pool.url, f"HTTP {response.status_code}")
     if told.get("code") == "model_not_found":  # the tenant has it, so serving will
         message = f"The model `{model}` has not been shown to be safe: it is not probed yet"
         raise ApiError(
@@ -149,8 +149,9 @@ def _broken() -> ApiError:
     return ApiError(503, message, code="engine_unavailable", kind="server_error")
 
 
-def _unavailable(pool: Pool, why: str) -> ApiError:
-    log.error("the serving pool at %s does not answer as it should: %s", pool.url, why)
+def unavailable(url: str, why: str) -> ApiError:
+    """A pool does not answer as it should; `why` is for the log."""
+    log.error("the serving pool at %s does not answer as it should: %s", url, why)
     message = "The serving pool of this model does not answer; try again"
     return ApiError(503, message, code="serving_unavailable", kind="server_error", headers=_RETRY)
 

@@ -272,6 +272,12 @@ def test_what_is_not_served_and_a_pool_that_does_not_answer_are_told_apart(
         acme.chat.completions.create(model="gone", **BRIEF)
     assert (down.value.status_code, down.value.code) == (503, "serving_unavailable")
     assert int(down.value.response.headers["retry-after"]) > 0
+    state = plane.settings.serving_state("gone")
+    state.mkdir()
+    (state / FRONT_TOKEN).write_text(FRONT)  # it ran once, and is down
+    with pytest.raises(openai.InternalServerError) as down:
+        acme.chat.completions.create(model="gone", **BRIEF)
+    assert (down.value.status_code, down.value.code) == (503, "serving_unavailable")
 
 
 def test_a_pool_that_does_not_know_us_is_our_problem_and_not_the_tenants(
@@ -288,7 +294,7 @@ def test_a_pool_that_does_not_know_us_is_our_problem_and_not_the_tenants(
 
 def test_nobody_gets_past_the_front(plane: Plane, acme: openai.OpenAI) -> None:
     url = plane.stack.url
-    for headers in ({}, {"Authorization": f"Bearer {acme.api_key}"}, {"Authorization": "Bearer "}):
+    for headers in ({}, {"Authorization": f"Bearer {acme.api_key}"}, {"Authorization": "Bearer x"}):
         for path in ("/v1/models", "/admin/models", "/nowhere"):
             found = httpx.get(url + path, headers=headers)
             assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -485,6 +491,8 @@ def front(pool: Pool, sqlite_url: str, tmp_path: Path) -> Iterator[Api]:
     """An API before that pool."""
     database = Database(sqlite_url)
     app: Any = pool
+    (tmp_path / "serving" / "base").mkdir(parents=True)
+    (tmp_path / "serving" / "base" / FRONT_TOKEN).write_text(FRONT)
     with serve(app) as url:
         settings = Settings(
             home=tmp_path, base_models={"base": BaseModelOffer(source="unused", serving=url)}
