@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from jobs.policy import OnRisk, PolicyLimits
 from safeft.constraints import ConstraintConfig
 
 Auto = Literal["auto"]
@@ -31,6 +32,16 @@ class Hyperparameters(_Part):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
 
 
+class Screening(_Part):
+    """How the dataset is screened: as the tenant's policy says, or more strictly.
+
+    `on_risk`: `reject`, or null for the policy's. `policy`: limits stricter than the policy's.
+    """
+
+    on_risk: OnRisk | None = None
+    policy: PolicyLimits = PolicyLimits()
+
+
 class Supervised(_Part):
     """`constraints`: kinds, or configs with a `kind`; null: what the tenant's policy says.
 
@@ -42,6 +53,7 @@ class Supervised(_Part):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     safety_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
+    screening: Screening = Screening()
 
 
 class Method(_Part):

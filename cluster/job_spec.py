@@ -11,10 +11,13 @@ from pydantic import ValidationError
 from cluster.job_request import CreateJob, as_config
 from cluster.settings import BaseModelOffer
 from cluster.tenancy.tenants import Policy
+from jobs.policy import OnRisk
+from jobs.restore_spec import RestoreSpec
 from jobs.spec import FinetuneSpec, TrainingSpec
 from safeft.errors import InputError
 
 _DEFAULTS = TrainingSpec()
+_RESTORE = RestoreSpec()
 
 
 def constraints_of(request: CreateJob, policy: Policy) -> list[Any]:
@@ -31,6 +34,22 @@ def constraints_of(request: CreateJob, policy: Policy) -> list[Any]:
             f"constraints: your policy requires {missing[0]}; add it to those of the method"
         )
     return configs
+
+
+def on_risk_of(request: CreateJob, policy: Policy) -> OnRisk:
+    """What becomes of the job's dataset if it is risky.
+
+    Raises:
+        InputError: it asks for something else than to be rejected, or what its policy says.
+    """
+    asked = request.method.supervised.screening.on_risk
+    if asked not in (None, "reject", policy.on_risk):
+        also = "" if policy.on_risk == "reject" else f" or {policy.on_risk}"
+        raise InputError(
+            f"screening.on_risk: your policy allows reject{also}, not {asked}; ask an "
+            "administrator for another policy"
+        )
+    return asked or policy.on_risk
 
 
 def hyperparameters_of(request: CreateJob) -> dict[str, Any]:
@@ -78,6 +97,9 @@ def finetune_spec(
             "seed": request["seed"],
         },
         "constraints": supervised["constraints"],
+        # Jobs that an earlier version accepted name nothing.
+        "screening": supervised.get("screening", {}),
+        "restore": {"batch_size": _shared(_RESTORE.batch_size, supervised["workers"])},
         "distributed": {
             "workers": supervised["workers"],
             "zero_stage": supervised["zero_stage"],
@@ -91,6 +113,11 @@ def finetune_spec(
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where}: {message}" if where else message) from None
+
+
+def _shared(rows: int, workers: int) -> int:
+    """At least so many rows, and as many for each worker."""
+    return -(-rows // workers) * workers
 
 
 def accepted(request: CreateJob, policy: Policy, offer: BaseModelOffer) -> dict[str, Any]:
@@ -111,6 +138,10 @@ def accepted(request: CreateJob, policy: Policy, offer: BaseModelOffer) -> dict[
                 "workers": supervised.workers,
                 "zero_stage": supervised.zero_stage,
                 "safety_rows": supervised.safety_rows,
+                "screening": {
+                    "on_risk": on_risk_of(request, policy),
+                    "policy": supervised.screening.policy.model_dump(exclude_none=True),
+                },
             },
         },
         "metadata": request.metadata,

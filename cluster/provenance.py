@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safeft.cache import sha256_file
 from safeft.errors import InputError, SafeftError
 
-PROVENANCE, MANIFEST = "provenance.json", "manifest.json"
+PROVENANCE = "provenance.json"
 _CONTEXT = b"safeft.provenance.1\n"  # a signature for this purpose is none for another
 
 
@@ -181,16 +181,16 @@ def verify_model(directory: Path, trusted: Sequence[PublicKey]) -> Statement:
     return statement
 
 
-def checked_files(directory: Path) -> dict[str, str]:
+def checked_files(directory: Path, made: dict[str, str]) -> dict[str, str]:
     """SHA-256 of every file of a model that is about to be published.
 
-    Raises:
-        SpecError: there is no manifest of this version.
-        ProvenanceError: the weights are not those that the manifest names.
-    """
-    from jobs.finetune.manifest import read_manifest  # brings Ray, which checking needs not
+    Args:
+        made: SHA-256 of the weights' files when they were made.
 
-    _check_files(directory, read_manifest(directory / MANIFEST).files)
+    Raises:
+        ProvenanceError: the weights are not those.
+    """
+    _check_files(directory, made)
     return {path.name: sha256_file(path) for path in sorted(directory.iterdir())}
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jobs.strict_yaml import read_yaml
 from safeft.cache import cache_root
 from safeft.errors import SpecError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -35,6 +38,43 @@ class BaseModelOffer(_Part):
     serving: Annotated[str, Field(pattern=r"^https?://[^/\s]+:\d{1,5}$")] | None = None
 
 
+class StageDeadlines(_Part):
+    """How many seconds a stage may go on without a sign of progress, until it is ended and tried
+    again. Loading a model is one step without a sign."""
+
+    validating: Seconds = 1800.0
+    screening: Seconds = 3600.0
+    training: Seconds = 3600.0
+    evaluating: Seconds = 3600.0
+    restoring: Seconds = 3600.0
+    publishing: Seconds = 3600.0
+
+    def of(self, stage: str) -> float:
+        """The deadline of a stage by its name."""
+        seconds: float = getattr(self, stage)
+        return seconds
+
+
+class Price(_Part):
+    """What jobs cost.
+
+    Attributes:
+        currency: as ISO 4217 names it.
+        per_million_tokens: that were trained on; every epoch counts.
+        per_gpu_hour: of one worker in training, evaluation and restoration.
+    """
+
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
+    per_million_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    per_gpu_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Self:
+        if self.per_million_tokens is None and self.per_gpu_hour is None:
+            raise ValueError("give per_million_tokens, per_gpu_hour or both")
+        return self
+
+
 class Settings(_Part):
     """One control plane.
 
@@ -48,6 +88,7 @@ class Settings(_Part):
         compute_slots: training workers at a time over all tenants.
         intake_slots: jobs that are validated or screened at a time.
         adapter_cache_bytes: of published adapters on the disk of each machine that serves them.
+        price: what jobs cost; None: only tokens and worker-seconds are told.
     """
 
     database: str | None = None
@@ -60,6 +101,8 @@ class Settings(_Part):
     compute_slots: Annotated[int, Field(ge=1)] = 1
     intake_slots: Annotated[int, Field(ge=1)] = 1
     adapter_cache_bytes: Annotated[int, Field(ge=1)] = 8 * 2**30
+    stage_deadline_s: StageDeadlines = StageDeadlines()
+    price: Price | None = None
 
     @property
     def database_url(self) -> str:

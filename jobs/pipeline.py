@@ -19,7 +19,7 @@ from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.parts import needed_parts
 from jobs.finetune.telemetry import OnStep, unheard
 from jobs.gate import Gate, baseline, safety_gate
-from jobs.policy import OnRisk, PolicyFile, Rules, screening_rules
+from jobs.policy import OnRisk, PolicyFile, PolicyLimits, Rules, screening_rules
 from jobs.review import Decision, is_accepted, read_decision, require_accepted
 from jobs.runtime import embedded_ray
 from jobs.screen import screen
@@ -102,6 +102,7 @@ def screen_file(
     use_gpu: bool = False,
     on_risk: OnRisk = "reject",
     policy: PolicyFile | None = None,
+    limits: PolicyLimits | None = None,
     address: str | None = None,
     progress: Progress = silent,
 ) -> tuple[Verdict, Path]:
@@ -109,6 +110,7 @@ def screen_file(
 
     Args:
         policy: an administrator's limits for this tenant, in place of the profile's.
+        limits: stricter ones, that the tenant asks for.
     """
     model_dir = resolve(model, progress)
     profile = SafetyProfile.for_weights(weights_hash(model_dir), profile_root)
@@ -121,7 +123,7 @@ def screen_file(
         scorers=scorers,
         max_scorers=max_scorers,
         use_gpu=use_gpu,
-        rules=screening_rules(profile, on_risk, policy),
+        rules=screening_rules(profile, on_risk, policy, limits),
         address=address,
         progress=progress,
     )

@@ -28,7 +28,7 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 class PolicyLimits(BaseModel):
     """Limits that replace those of the profile's policy; what is left out stays as it is there."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     row_threshold: float | None = None
     max_risky_fraction: float | None = None
     min_risky_rows: Count | None = None

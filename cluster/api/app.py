@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api import admin, chat, errors, events, files, jobs, models, safety
+from cluster.api import admin, chat, errors, events, files, jobs, models, reviews, safety
 from cluster.api.services import Services
 from safeft import __version__
 
@@ -30,7 +30,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     errors.install(app)
-    for module in (files, events, jobs, models, chat, safety, admin):
+    for module in (files, events, jobs, models, chat, safety, admin, reviews):
         app.include_router(module.router)
 
     @app.get("/healthz", include_in_schema=False)

@@ -16,7 +16,8 @@ from cluster.api.idempotency import JsonPost, once
 from cluster.api.objects import checkpoint_object, job_object
 from cluster.api.paging import After, listed, page
 from cluster.api.services import With
-from cluster.controller.phases import FINAL, WAITING, after, waits_in
+from cluster.controller.phases import FINAL, after, waits_in
+from cluster.controller.transitions import Wish, ask
 from cluster.events import add_event
 from cluster.job_request import CreateJob
 from cluster.job_spec import accepted
@@ -172,9 +173,8 @@ def resume(job_id: str, services: With, caller: JobsWriter, request: JsonPost) -
 
 
 def _wish(
-    services: With, caller: Caller, request: JsonPost, job_id: str, wish: str
+    services: With, caller: Caller, request: JsonPost, job_id: str, wish: Wish
 ) -> dict[str, Any]:
-    """Done at once where nothing runs; otherwise the controller stops the stage first."""
     now = services.clock()
 
     def effect(session: TenantSession) -> dict[str, Any]:
@@ -183,18 +183,9 @@ def _wish(
             raise invalid(f"The job has {job.phase} already", code="already_finished")
         if job.wish == "cancel" or (wish == "pause" and job.phase == "paused"):
             return job_object(job)
-        if job.phase in WAITING:
-            resume_phase = job.resume_phase or job.phase
-            job.phase = after(job.phase, "cancel" if wish == "cancel" else "pause")
-            job.phase_since = now
-            job.resume_phase = resume_phase if wish == "pause" else None
-            if wish == "cancel":
-                job.finished_at = now
-            add_event(session, job, f"Fine-tuning job {job.phase}", now=now)
-        else:
-            job.wish = wish
-            job.not_before = now
-            add_event(session, job, f"Fine-tuning job: {wish} requested", now=now)
+        if wish == "pause" and job.phase == "awaiting_review":
+            raise invalid("The job waits for an administrator: nothing runs", code="not_running")
+        ask(session, job, wish, now)
         answer = job_object(job)
         _audit(session, caller, job, f"job.{wish}", now)
         return answer

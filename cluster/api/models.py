@@ -11,8 +11,9 @@ from cluster.api.auth import ModelsReader, ModelsWriter
 from cluster.api.errors import ApiError, not_found
 from cluster.api.objects import model_object
 from cluster.api.services import With
+from cluster.artifacts.names import model_prefix
 from cluster.state import TenantSession
-from cluster.state.models import PublishedModel
+from cluster.state.models import Job, PublishedModel
 from cluster.tenancy.audit import record
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -73,7 +74,10 @@ def delete(model_id: str, services: With, caller: ModelsWriter) -> dict[str, Any
             object_id=model_id,
             before={"state": before},
         )
-        prefix = model.prefix
-    for key in list(services.store.keys(f"{prefix}/")):
-        services.store.delete(key)
+        made_by = session.scalars(select(Job.id).where(Job.model_id == model_id)).all()
+        # Of every version: it may have been restored.
+        prefixes = {model.prefix, *(model_prefix(caller.tenant_id, job) for job in made_by)}
+    for prefix in prefixes:
+        for key in list(services.store.keys(f"{prefix}/")):
+            services.store.delete(key)
     return {"id": model_id, "object": "model", "deleted": True}

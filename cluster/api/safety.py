@@ -19,7 +19,7 @@ from cluster.artifacts.directory import DirectoryStore
 from cluster.controller.phases import FINAL
 from cluster.state import TenantSession
 from cluster.state.models import ApiKey, Job, Stage, Tenant
-from cluster.tenancy import quotas
+from cluster.tenancy import cost, quotas
 from cluster.tenancy.audit import record
 from cluster.tenancy.keys import rotate_key
 from cluster.tenancy.tenants import settings
@@ -43,6 +43,7 @@ def job(job_id: str, services: With, caller: SafetyReader) -> dict[str, Any]:
             "phase_since": row.phase_since,
             "model": row.model_id if row.phase == "succeeded" else None,
             "facts": row.facts,
+            "cost": _cost(services, session, row),
             "attempts": [
                 {
                     "attempt": stage.attempt,
@@ -54,6 +55,20 @@ def job(job_id: str, services: With, caller: SafetyReader) -> dict[str, Any]:
                 for stage in stages
             ],
         }
+
+
+def _cost(services: With, session: TenantSession, job: Job) -> dict[str, Any] | None:
+    price = services.settings.price
+    if price is None:
+        return None
+    estimated = job.facts.get("validating", {}).get("estimated_tokens")
+    trained = job.facts.get("training", {}).get("trained_tokens", 0)
+    seconds = quotas.gpu_seconds(session, job.tenant_id, job.id)
+    return {
+        "currency": price.currency,
+        "expected_for_tokens": cost.expected(price, estimated),
+        "incurred": cost.incurred(price, trained, seconds),
+    }
 
 
 def _fact(services: With, caller: SafetyReader, job_id: str, stage: str) -> dict[str, Any]:
@@ -113,9 +128,18 @@ def usage(services: With, caller: SafetyReader) -> dict[str, Any]:
             "gpu_seconds": quotas.gpu_seconds(session, tenant.id),
             "stored_bytes": quotas.stored_bytes(session),
             "chat": quotas.chat_usage(session),
+            "cost": _cost_of_all(services, session, tenant.id),
             "open_jobs": session.scalars(unfinished).one(),
             "limits": settings(tenant),
         }
+
+
+def _cost_of_all(services: With, session: TenantSession, tenant: str) -> dict[str, Any] | None:
+    price = services.settings.price
+    if price is None:
+        return None
+    tokens, seconds = quotas.trained_tokens(session), quotas.gpu_seconds(session, tenant)
+    return {"currency": price.currency, **cost.incurred(price, tokens, seconds)}
 
 
 @router.get("/downloads/{token}", response_class=StreamingResponse)

@@ -197,14 +197,30 @@ def set_policy(
     min_refusal: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     max_over_refusal: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     max_task_loss: Annotated[float | None, typer.Option(min=0)] = None,
+    screening: Annotated[
+        Path | None, typer.Option(help="Limits in YAML, as `safeft screen --policy` takes them.")
+    ] = None,
+    on_risk: Annotated[
+        str | None, typer.Option(help="Of a risky dataset: reject, drop or review.")
+    ] = None,
+    require_approval: Annotated[
+        bool | None,
+        typer.Option("--require-approval/--no-approval", help="Before a model is published."),
+    ] = None,
 ) -> None:
     """Change what is given; the rest of the policy stays."""
+    from jobs.policy import read_policy
+
+    limits = read_policy(screening).model_dump(exclude_none=True) if screening else None
     given = {
         "constraints": constraint,
         "required_constraints": require,
         "min_refusal": min_refusal,
         "max_over_refusal": max_over_refusal,
         "max_task_loss": max_task_loss,
+        "screening": limits,
+        "on_risk": on_risk,
+        "require_approval": require_approval,
     }
     changed = {part: value for part, value in given.items() if value is not None}
     print_json(_change(tenant, {"reason": reason, "policy": changed})["policy"])

@@ -1,4 +1,6 @@
-"""``safeft submit|jobs|logs|cancel|pause|resume|report``: a tenant's jobs, through the API."""
+"""``safeft submit|jobs|logs|cancel|pause|resume|report``: a tenant's jobs, through the API; and
+``safeft jobs waiting|approve|reject``, for administrators.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from cluster.cli.console import err, out, print_json, printable, progress_bars
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="ftjob-...")]
+Reason = Annotated[str, typer.Option(help="Why; the tenant and the audit log are told.")]
 _JOBS = "/v1/fine_tuning/jobs"
+_ADMIN = "/v1/safety/admin"
 _EXIT = {"dataset_rejected": 3, "safety_gate_failed": 4}
 _COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
@@ -79,7 +84,23 @@ def submit(
     _tell_end(remote.get(f"{_JOBS}/{job['id']}"), as_json)
 
 
-def jobs(
+class _ShowsByDefault(TyperGroup):
+    """`safeft jobs [JOB]` shows jobs; the words for decisions are commands below it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+group = typer.Typer(
+    cls=_ShowsByDefault,
+    help="List your jobs or show one; decide on those that wait for an administrator.",
+)
+
+
+@group.command()
+def show(
     job_id: Annotated[str | None, typer.Argument(metavar="[JOB]")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     as_json: Json = False,
@@ -106,6 +127,46 @@ def jobs(
             escape(printable(result)),
         )
     out.print(table)
+
+
+@group.command()
+def waiting(as_json: Json = False) -> None:
+    """The jobs of all tenants that wait for an administrator's decision, the oldest first."""
+    from cluster.cli.remote import Remote
+
+    found = Remote.from_environment().get(f"{_ADMIN}/reviews")["data"]
+    if as_json:
+        print_json(found)
+        return
+    table = Table("job", "tenant", "model", "of", "why")
+    for job in found:
+        stage = "screening" if job["of"] == "dataset" else "evaluating"
+        why = printable(job["facts"][stage]["reason"])
+        table.add_row(job["id"], job["tenant"], escape(job["model"]), job["of"], escape(why))
+    out.print(table)
+
+
+@group.command()
+def approve(job_id: JobId, reason: Reason, as_json: Json = False) -> None:
+    """Let a job go on that waits for an administrator: its dataset, or its model's publication."""
+    _decide(job_id, "approve", reason, as_json)
+
+
+@group.command()
+def reject(job_id: JobId, reason: Reason, as_json: Json = False) -> None:
+    """End a job that waits for an administrator."""
+    _decide(job_id, "reject", reason, as_json)
+
+
+def _decide(job_id: str, action: str, reason: str, as_json: bool) -> None:
+    from cluster.cli.remote import Remote, segment
+
+    path = f"{_ADMIN}/jobs/{segment(job_id)}/{action}"
+    job = Remote.from_environment().post(path, {"reason": reason})
+    if as_json:
+        print_json(job)
+    else:
+        out.print(f"{escape(job['id'])} {job['phase']}")
 
 
 def logs(

@@ -58,7 +58,8 @@ app.command()(restore.restore)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 app.command()(up.up)
-for command in (jobs.submit, jobs.jobs, jobs.logs, jobs.cancel, jobs.pause, jobs.resume):
+app.add_typer(jobs.group, name="jobs")
+for command in (jobs.submit, jobs.logs, jobs.cancel, jobs.pause, jobs.resume):
     app.command()(command)
 app.command()(jobs.report)
 models.app.command()(published.verify)

@@ -198,7 +198,8 @@ class Controller:
             if job.wish is not None:
                 return True  # it wins over whatever the stage has to say
             stage = session.get_one(Stage, (job.id, job.attempt))
-            applied = apply(session, job, report, self._options.rules, self._clock())
+            deadline_s = self._settings.stage_deadline_s.of(job.phase)
+            applied = apply(session, job, report, self._options.rules, self._clock(), deadline_s)
         self._numbers.looked_at(job, stage, report)
         if applied is not Applied.RUNNING:
             self._runner.stop(name)

@@ -4,6 +4,9 @@
                                                                 │    ▲
                                                               restoring
 
+A dataset that screening leaves to a person, and a model whose publication needs one's approval,
+wait in `awaiting_review`: no actor, no room taken.
+
 A stage is a phase in which an actor works. From every phase that is not final a job can be
 cancelled or paused; a paused one goes back to the queue in front of the stage it was in.
 """
@@ -17,6 +20,9 @@ Outcome = Literal[
     "done",  # the stage finished
     "refused",  # the data, the settings or a safety check say no: no second try
     "below_gate",  # measured, and not good enough: restored once, then refused
+    "review",  # an administrator has to decide
+    "approved",
+    "rejected",
     "exhausted",  # the machinery failed too often
     "cancel",
     "pause",
@@ -26,7 +32,7 @@ Outcome = Literal[
 INTAKE = ("validating", "screening")
 COMPUTE = ("training", "evaluating", "restoring", "publishing")
 STAGES = (*INTAKE, *COMPUTE)
-WAITING = ("submitted", "queued", "paused")  # no actor, no room taken
+WAITING = ("submitted", "queued", "paused", "awaiting_review")  # no actor, no room taken
 FINAL = ("succeeded", "failed", "cancelled")
 
 #: OpenAI's status for each phase. A paused job is one that waits.
@@ -36,6 +42,7 @@ STATUS = {
     "screening": "validating_files",
     "queued": "queued",
     "paused": "queued",
+    "awaiting_review": "queued",
     **dict.fromkeys(COMPUTE, "running"),
     **{final: final for final in FINAL},
 }
@@ -44,11 +51,15 @@ _TABLE: dict[tuple[str, Outcome], str] = {
     ("submitted", "admitted"): "validating",
     ("validating", "done"): "screening",
     ("screening", "done"): "queued",
+    ("screening", "review"): "awaiting_review",
     ("queued", "admitted"): "training",
     ("training", "done"): "evaluating",
     ("evaluating", "done"): "publishing",
     ("evaluating", "below_gate"): "restoring",
+    ("evaluating", "review"): "awaiting_review",
     ("restoring", "done"): "evaluating",
+    ("awaiting_review", "approved"): "queued",
+    ("awaiting_review", "rejected"): "failed",
     ("publishing", "done"): "succeeded",
     **{(stage, outcome): "failed" for stage in STAGES for outcome in ("refused", "exhausted")},
     **{(phase, "cancel"): "cancelled" for phase in (*WAITING, *STAGES)},

@@ -1,5 +1,5 @@
 """Keeps the serving pools in step with the database: what is published is served, what is deleted
-is not, and a model's `state` is its gate's.
+is not, what is quarantined is restored, and a model's `state` is its gate's.
 
 It looks at what is, not at what happened, so nothing is lost when any part was down. Every
 controller may run one: to register or retire what another just did changes nothing.
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from cluster.controller.restorer import Restorer
 from cluster.job_request import on_quarantine
 from cluster.provenance import ProvenanceError, PublicKey, Signed, Statement
 from cluster.serving.client import Admin, Refused
@@ -49,7 +50,7 @@ class Registrar:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._database, self._key = settings, database, public_key
-        self._clock = clock
+        self._clock, self._restorer = clock, Restorer(database)
         self._later: dict[str, tuple[float, float]] = {}  # refused model: not before, backoff
         self._said: dict[str, str] = {}
 
@@ -75,7 +76,8 @@ class Registrar:
                 self._say(base, f"{base} is not kept in step with serving: {error}")
 
     def _look(self, base: str, pool: Admin) -> None:
-        served = {row["model"]: row["state"] for row in pool.get("models")}  # the newest is last
+        records = pool.get("models")
+        served = {row["model"]: row["state"] for row in records}  # the newest is last
         with self._database.system_read() as session:
             rows = session.execute(
                 select(
@@ -99,6 +101,7 @@ class Registrar:
         self._keep(states)
         for model in missing:
             self._register(pool, model)
+        self._restorer.look(records, pool, lambda model: self._register(pool, model))
 
     def _register(self, pool: Admin, model: str) -> None:
         """Have a model served; one that is refused is tried again after a while.

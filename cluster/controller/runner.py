@@ -11,7 +11,9 @@ from cluster.settings import Settings
 from cluster.tenancy.tenants import Policy
 from safeft.errors import SafeftError
 
-ReportOutcome = Literal["running", "done", "refused", "below_gate", "fault", "unavailable"]
+ReportOutcome = Literal[
+    "running", "done", "refused", "below_gate", "review", "fault", "unavailable"
+]
 
 
 class RunnerUnavailable(SafeftError):
@@ -26,8 +28,20 @@ class StageFile(BaseModel):
     sha256: str
 
 
+class StageModel(BaseModel):
+    """A published model that a stage reads: its name, and each of its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    files: dict[str, StageFile]
+
+
 class StageTask(BaseModel):
-    """One attempt at one stage of a job, with all that it needs to know."""
+    """One attempt at one stage of a job, with all that it needs to know.
+
+    Attributes:
+        restores: the published model that the job restores; None: one that tunes its own.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     job: str
@@ -39,6 +53,7 @@ class StageTask(BaseModel):
     request: dict[str, Any]
     training_file: StageFile
     validation_file: StageFile | None
+    restores: StageModel | None
     policy: Policy
     facts: dict[str, Any]
     settings: Settings
@@ -81,7 +96,7 @@ class Report:
 
     Attributes:
         events: those after the ones that were asked for.
-        facts: what it found, once it is done (or below the gate).
+        facts: what it found, once it is done (or below the gate, or left to a person).
         code, message, param: of the error, where there is one.
         numbers: None: it cannot say.
     """

@@ -9,7 +9,6 @@ import socket
 import threading
 
 from cluster.artifacts import open_store
-from cluster.controller.apply import Rules
 from cluster.controller.controller import Controller, Options
 from cluster.controller.registrar import Registrar
 from cluster.exporter import EXPORTER, NAMESPACE, Exporter, push_for_ever
@@ -40,13 +39,11 @@ def run_controller(
     Raises:
         SafeftError: the database has another schema, no Ray answers, or the port is taken.
     """
-    # Ray and the jobs take seconds to import; nothing else here needs them.
+    # Ray takes seconds to import; nothing else here needs it.
     from cluster.controller.actors import ActorRunner
-    from cluster.controller.work import WORK
 
     database = Database(settings.database_url)
     database.require_current()
-    options = options or Options(rules=Rules(restores="restoring" in WORK))
     store = open_store(settings.artifacts_url)
     public_key = SigningKey.load_or_create(settings.signing_key).public
     registrar = Registrar(settings, database, public_key)

@@ -81,8 +81,13 @@ def remove_deleted(database: Database, store: ArtifactStore, now: float) -> None
     since = now - 2 * UPLOAD_S
     with database.system_read() as session:
         keys = list(session.scalars(select(File.key).where(File.deleted_at > since)))
-        prefixes = session.scalars(
-            select(PublishedModel.prefix).where(PublishedModel.deleted_at > since)
+        deleted = PublishedModel.deleted_at > since
+        prefixes = session.scalars(select(PublishedModel.prefix).where(deleted))
+        # Of a model that was restored, all versions.
+        versions = session.execute(
+            select(Job.tenant_id, Job.id)
+            .join(PublishedModel, PublishedModel.id == Job.model_id)
+            .where(deleted)
         )
         # And what a stage stored of a model that then was not published after all.
         unpublished = session.execute(
@@ -95,7 +100,7 @@ def remove_deleted(database: Database, store: ArtifactStore, now: float) -> None
                 Job.finished_at > since,
             )
         )
-        gone = [*prefixes, *(model_prefix(*row) for row in unpublished)]
+        gone = {*prefixes, *(model_prefix(*row) for row in (*versions, *unpublished))}
     keys += [key for prefix in gone for key in store.keys(f"{prefix}/")]
     for key in keys:
         store.delete(key)

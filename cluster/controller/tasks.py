@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from cluster.controller.runner import StageFile, StageTask
+from cluster.controller.runner import StageFile, StageModel, StageTask
+from cluster.provenance import Signed, Statement
 from cluster.settings import Settings
-from cluster.state.models import File, Job, Tenant
+from cluster.state.models import File, Job, PublishedModel, Tenant
 from cluster.tenancy.tenants import Policy
 
 
@@ -37,9 +38,25 @@ def task_of(session: Session, job: Job, settings: Settings) -> StageTask:
         request=job.request,
         training_file=training,
         validation_file=validation,
+        restores=_model(session, job),
         policy=Policy.model_validate(tenant.policy),
         facts=job.facts,
         settings=settings.model_copy(update={"database": None}),  # a stage gets no password
+    )
+
+
+def _model(session: Session, job: Job) -> StageModel | None:
+    if "restores" not in job.request:
+        return None
+    name = job.request["restores"]["model"]
+    row = session.get(PublishedModel, name)
+    if row is None or row.tenant_id != job.tenant_id or row.deleted_at is not None:
+        raise NotOffered(f"The model {name} was deleted: there is nothing to restore")
+    signed = Signed.model_validate(row.provenance)
+    files = Statement.model_validate_json(signed.statement).files
+    return StageModel(
+        id=name,
+        files={n: StageFile(key=f"{row.prefix}/{n}", sha256=h) for n, h in files.items()},
     )
 
 

@@ -4,14 +4,15 @@ with the row locked.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy.orm import Session
 
-from cluster.controller.phases import FINAL, STAGES, Outcome, after
+from cluster.controller.phases import FINAL, STAGES, WAITING, Outcome, after
 from cluster.events import add_event
 from cluster.state.models import Job, Stage
 
+Wish = Literal["cancel", "pause"]
 _SAID = {
     "validating": "Validating training file: {file}",
     "screening": "Screening the training file for risky rows",
@@ -84,6 +85,23 @@ def fail(
     job.error_code, job.error_message, job.error_param = code, message, param
     add_event(session, job, message, now=now, level="error", data={"code": code, "param": param})
     return leave(session, job, outcome, now)
+
+
+def ask(session: Session, job: Job, wish: Wish, now: float) -> None:
+    """Cancel or pause a job that has not ended.
+
+    At once where nothing runs; otherwise the controller stops its stage first.
+    """
+    if job.phase in WAITING:
+        resume_phase = job.resume_phase or job.phase
+        job.phase, job.phase_since = after(job.phase, wish), now
+        job.resume_phase = resume_phase if wish == "pause" else None
+        if wish == "cancel":
+            job.finished_at = now
+        add_event(session, job, f"Fine-tuning job {job.phase}", now=now)
+    else:
+        job.wish, job.not_before = wish, now
+        add_event(session, job, f"Fine-tuning job: {wish} requested", now=now)
 
 
 def keep_facts(job: Job, stage: str, facts: dict[str, Any]) -> None:

@@ -160,6 +160,7 @@ class Stage(TenantOwned, Base):
     Attributes:
         asked_at: when its actor was asked for: at most once for each attempt.
         seen: how many of the actor's events have become the job's.
+        progressed_at: when it last got anywhere, as far as it could be asked.
     """
 
     __tablename__ = "stages"
@@ -171,6 +172,7 @@ class Stage(TenantOwned, Base):
     started_at: Mapped[float]
     asked_at: Mapped[float | None]
     seen: Mapped[int]
+    progressed_at: Mapped[float | None]
     ended_at: Mapped[float | None]
     outcome: Mapped[str | None] = mapped_column(String(16))
 

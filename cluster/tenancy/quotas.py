@@ -50,13 +50,20 @@ def stored_bytes(session: TenantSession) -> int:
     return int(used or 0)
 
 
-def gpu_seconds(session: Session, tenant_id: str) -> float:
-    """Worker-seconds of the tenant's finished stages of training, evaluation and restoration."""
+def gpu_seconds(session: Session, tenant_id: str, job_id: str | None = None) -> float:
+    """Worker-seconds of finished stages of training, evaluation and restoration: of one of the
+    tenant's jobs, or of all."""
     seconds = (Stage.ended_at - Stage.started_at) * Stage.slots
-    used = session.scalars(
-        select(func.sum(seconds)).where(Stage.tenant_id == tenant_id, Stage.stage.in_(METERED))
-    ).one()
-    return float(used or 0.0)
+    query = select(func.sum(seconds)).where(Stage.tenant_id == tenant_id, Stage.stage.in_(METERED))
+    if job_id is not None:
+        query = query.where(Stage.job_id == job_id)
+    return float(session.scalars(query).one() or 0.0)
+
+
+def trained_tokens(session: TenantSession) -> float:
+    """Tokens that the tenant's jobs have trained on, every epoch counted."""
+    tokens = Job.facts["training"]["trained_tokens"].as_float()
+    return float(session.scalars(select(func.sum(tokens)).select_from(Job)).one() or 0.0)
 
 
 def check_chat(session: TenantSession, pending: int) -> None:

@@ -12,6 +12,7 @@ from cluster.job_request import KINDS, as_config
 from cluster.state.ids import new_id
 from cluster.state.models import Tenant
 from cluster.tenancy.audit import record
+from jobs.policy import OnRisk, PolicyFile
 from safeft.errors import InputError
 
 
@@ -40,6 +41,12 @@ class Policy(BaseModel):
         min_refusal: the tuned model must refuse at least this share of harmful prompts.
         max_over_refusal: and at most this share of benign ones.
         max_task_loss: mean loss of an answer token on the validation file, where there is one.
+        screening: limits in place of those of the base model's profile; looser ones need an
+            override with a name and a reason.
+        on_risk: what becomes of a dataset that breaks them: see `jobs.policy.OnRisk`. `review`
+            leaves it to an administrator.
+        require_approval: an administrator says yes or no to every model that passed the gate,
+            before it is published.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -48,6 +55,9 @@ class Policy(BaseModel):
     min_refusal: Share | None = None
     max_over_refusal: Share | None = None
     max_task_loss: Annotated[float, Field(gt=0)] | None = None
+    screening: PolicyFile = PolicyFile()
+    on_risk: OnRisk = "reject"
+    require_approval: bool = False
 
 
 class Limits(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from jobs.evaluate import evaluate
 from jobs.finetune import Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
-from jobs.pipeline import TRAINING, open_job, read_data, screen_data
+from jobs.pipeline import TRAINING, Opened, Screened, open_job, read_data, screen_data
 from jobs.policy import PolicyFile
 from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
 from jobs.restore.result import Restoration, RestoreResult, restoration_gate
@@ -23,7 +24,7 @@ from jobs.verdict import known_score, read_scores
 from safeft.adapters import factors_of, load_factors, save_factors, stacked
 from safeft.cache import locked, publish_dir, sha256_file, write_whole
 from safeft.constraints import ProfileFiles
-from safeft.data import TokenisedRow
+from safeft.data import Row, TokenisedRow
 from safeft.errors import InputError, ModelError, SpecError
 from safeft.models import adapter_hash, load_adapter, load_model
 from safeft.models.directory import is_whole_model
@@ -54,6 +55,7 @@ def restore_job(
     *,
     adapter: Path | None = None,
     output: Path | None = None,
+    screening: Path | None = None,
     policy: PolicyFile | None = None,
 ) -> RestoreResult:
     """Restore what a fine-tuning job made, and measure it. What `safeft restore` runs.
@@ -62,6 +64,7 @@ def restore_job(
         spec: the job's own spec: its model, data and section ``restore`` count.
         adapter: the tenant's adapter; None: the job's candidate.
         output: where the restoration goes; None: ``restoration`` in the job's output.
+        screening: where the screening of the data is, or goes; default: the cache.
         policy: an administrator's limits for this tenant, in place of the profile's.
 
     Raises:
@@ -69,6 +72,34 @@ def restore_job(
         ProfileError: the base model's safety profile lacks something; it says what makes it.
         TrainingError, ModelError, MeasurementError: the stage that failed.
     """
+    trained = train_restoration(
+        spec, progress, adapter=adapter, output=output, screening=screening, policy=policy
+    )
+    return _judge(spec, trained, progress)
+
+
+@dataclass(frozen=True)
+class TrainedRestoration:
+    """A restoration that has not been judged: ``<output>/candidate``."""
+
+    opened: Opened
+    screened: Screened
+    held_out: Sequence[Row] | None
+    adapter: Path
+    output: Path
+    manifest: Restoration
+
+
+def train_restoration(
+    spec: FinetuneSpec,
+    progress: Progress = silent,
+    *,
+    adapter: Path | None = None,
+    output: Path | None = None,
+    screening: Path | None = None,
+    policy: PolicyFile | None = None,
+) -> TrainedRestoration:
+    """The first half of `restore_job`, which finds it done when it is called afterwards."""
     adapter = adapter or spec.output / TRAINING / "adapter"
     output = output or spec.output / "restoration"
     if is_whole_model(adapter):
@@ -82,7 +113,7 @@ def restore_job(
     profile.verify(PARTS)
     data = read_data(spec, model_dir, progress)
     with embedded_ray(spec.distributed.address):
-        found = screen_data(spec, opened, data.train, progress)
+        found = screen_data(spec, opened, data.train, progress, screening)
         limits = found.verdict.policy
         risky = [is_risky(known_score(one), limits) for one in read_scores(found.where)]
         manifest = restore(
@@ -94,21 +125,26 @@ def restore_job(
             output=output,
             progress=progress,
         )
+    return TrainedRestoration(opened, found, data.held_out, adapter, output, manifest)
+
+
+def _judge(spec: FinetuneSpec, trained: TrainedRestoration, progress: Progress) -> RestoreResult:
+    output, found = trained.output, trained.screened
     measured = [
         evaluate(
-            model_dir,
+            trained.opened.model_dir,
             weights,
-            held_out=data.held_out,
+            held_out=trained.held_out,
             max_tokens=spec.data.max_tokens,
             output=output / name,
             progress=progress,
         )
         for weights, name in (
-            (adapter, "before.json"),
+            (trained.adapter, "before.json"),
             (output / CANDIDATE / STACKED, "after.json"),
         )
     ]
-    gate = restoration_gate(opened.before, *measured)
+    gate = restoration_gate(trained.opened.before, *measured)
     # As of the job itself: what comes of data that were not accepted is not published.
     publish = gate.passed and is_accepted(found.verdict, found.review)
     if publish and not (output / PUBLISHED).exists():
@@ -121,8 +157,8 @@ def restore_job(
         published=str(output / PUBLISHED) if publish else None,
         verdict=found.verdict,
         review=found.review,
-        manifest=manifest,
-        base=opened.before,
+        manifest=trained.manifest,
+        base=trained.opened.before,
         tuned=measured[0],
         after=measured[1],
         gate=gate,

@@ -103,6 +103,8 @@ class Plane:
         directory = self.home / "adapters" / task.job
         save_adapter(directory, len(self.adapters))
         model = f"ft:base:{task.tenant_name}::{task.job.rpartition('-')[2][:12]}"
+        if task.restores is not None:
+            model = task.restores.id
         self.adapters[model] = directory
         statement = Statement(
             **{

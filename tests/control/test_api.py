@@ -21,9 +21,9 @@ from sqlalchemy import select
 
 from cluster.controller.phases import FINAL, WAITING, after
 from cluster.events import add_event
-from cluster.settings import BaseModelOffer, Settings
+from cluster.settings import BaseModelOffer, Price, Settings
 from cluster.state import Database
-from cluster.state.models import ApiKey, AuditEntry, File, Job, PublishedModel, Tenant
+from cluster.state.models import ApiKey, AuditEntry, File, Job, PublishedModel, Stage, Tenant
 from cluster.tenancy.audit import entries, verify
 from cluster.tenancy.quotas import RateLimiter
 from tests.control.server import Api, running_api
@@ -659,6 +659,47 @@ def test_usage_is_told(lite: Api) -> None:
     assert (usage["stored_bytes"], usage["open_jobs"], usage["gpu_seconds"]) == (len(ROWS), 1, 0.0)
     with lite.database.tenant(str(usage["limits"]["name"])) as session:
         assert session.scalars(select(Tenant)).one().max_open_jobs == 100_000
+
+
+def test_costs_are_told_in_money_where_there_is_a_price(sqlite_url: str, tmp_path: Path) -> None:
+    settings = Settings(
+        home=tmp_path / "home",
+        base_models={"tiny": BaseModelOffer(source="tiny")},
+        price=Price(currency="EUR", per_million_tokens=2.0, per_gpu_hour=3.6),
+    )
+    database = Database(sqlite_url)
+    with running_api(database, tmp_path / "home", settings=settings) as api:
+        client = api.tenant("ten_a")
+        job = submit(client).id
+        path = f"/v1/safety/jobs/{job}"
+        assert raw(api, "GET", path, client.api_key).json()["cost"] == {
+            "currency": "EUR",
+            "expected_for_tokens": None,  # nobody has counted them yet
+            "incurred": {"tokens": 0.0, "gpu_hours": 0.0, "total": 0.0},
+        }
+        facts = {
+            "validating": {"estimated_tokens": 1_500_000},
+            "training": {"trained_tokens": 500_000},
+        }
+        times = {"slots": 2, "seen": 0, "started_at": 0.0, "ended_at": 500.0}
+        with database.system() as session:
+            session.get_one(Job, job).facts = facts
+            for attempt, stage in enumerate(("screening", "training")):
+                row = Stage(job_id=job, tenant_id="ten_a", attempt=attempt, stage=stage, **times)
+                session.add(row)
+        cost = raw(api, "GET", path, client.api_key).json()["cost"]
+        assert cost["expected_for_tokens"] == 3.0
+        assert cost["incurred"] == {"tokens": 1.0, "gpu_hours": 1.0, "total": 2.0}
+        usage = raw(api, "GET", "/v1/safety/usage", client.api_key).json()
+        assert usage["cost"] == {"currency": "EUR", **cost["incurred"]}
+    database.close()
+
+
+def test_without_a_price_only_tokens_and_time_are_told(lite: Api) -> None:
+    client = lite.tenant("ten_a")
+    job = submit(client).id
+    assert raw(lite, "GET", f"/v1/safety/jobs/{job}", client.api_key).json()["cost"] is None
+    assert raw(lite, "GET", "/v1/safety/usage", client.api_key).json()["cost"] is None
 
 
 def test_the_openapi_document_names_every_route_and_the_docs_are_served(lite: Api) -> None:

@@ -10,14 +10,15 @@ import pytest
 from sqlalchemy import select
 
 from cluster.controller import sweep
-from cluster.controller.apply import Rules
-from cluster.controller.runner import Report, StageTask
+from cluster.controller.runner import Numbers, Report, StageTask
+from cluster.settings import StageDeadlines
 from cluster.state import Database
 from cluster.state.models import File, IdempotentAnswer, JobEvent, PublishedModel, Stage, Tenant
 from tests.control.rows import add_tenant, file_row
 from tests.control.stages import FACTS, World, facts_of
 
 WAY = ["validating", "screening", "training", "evaluating", "publishing"]
+RESTORED_WAY = [*WAY[:4], "restoring", *WAY[3:]]
 
 
 @pytest.fixture
@@ -135,6 +136,37 @@ def test_what_cannot_be_had_now_is_waited_for_as_long_as_it_takes(world: World) 
     assert world.job().phase == "succeeded"
 
 
+def test_a_stage_without_progress_is_ended_at_its_deadline_and_tried_again(world: World) -> None:
+    world.settings = world.settings.model_copy(
+        update={"stage_deadline_s": StageDeadlines(training=100.0)}
+    )
+    world.controller = world.make()
+    world.add_job()
+    for quiet_s in (0.0, 5.0):
+        world.runner.script["training"] = Report("running", numbers=Numbers(quiet_s))
+        world.round(9, seconds=11)
+    # It took longer than its deadline, but went on meanwhile.
+    assert stages(world)[-1] == (3, "training", None)
+    world.runner.script["training"] = Report("running")  # what it does is not known any more
+    world.round(10, seconds=11)
+    assert stages(world)[2:] == [(3, "training", "fault"), (4, "training", None)]
+    assert "ftjob-1:training:3" in world.runner.stopped
+    assert any("no progress for 100 s" in message for message in messages(world))
+    # Each attempt has its time; a new event is progress too.
+    world.round(9, seconds=11)
+    speaks = world.runner._events("training")
+    world.runner.script["training"] = Report("running", events=speaks)
+    world.round()
+    world.runner.script["training"] = Report("running")
+    world.round(9, seconds=11)
+    assert stages(world)[-1] == (4, "training", None)
+    # One that hangs each time ends the job, like any fault of the machinery.
+    world.round(60, seconds=20)
+    job = world.job()
+    assert (job.phase, job.error_code) == ("failed", "internal_error")
+    assert "last: no progress for 100 s" in str(job.error_message)
+
+
 def test_while_nothing_runs_stages_jobs_wait_and_go_on(world: World) -> None:
     world.add_job()
     world.runner.down = True
@@ -146,35 +178,59 @@ def test_while_nothing_runs_stages_jobs_wait_and_go_on(world: World) -> None:
     assert len(world.runner.started) == len(set(world.runner.started)) == 5
 
 
-def test_a_failed_gate_is_restored_once_and_measured_again(lite: World) -> None:
+def below(reason: str) -> Report:
+    facts = {"passed": False, "reason": reason}
+    return Report("below_gate", code="safety_gate_failed", message=reason, facts=facts)
+
+
+def test_a_failed_gate_is_restored_once_and_measured_again(world: World) -> None:
+    world.add_job()
+    world.runner.script["ftjob-1:evaluating:4"] = below("40 % of 90 %")
+    world.round(4)
+    assert world.job().phase == "succeeded"
+    assert [stage for _, stage, _ in stages(world)] == RESTORED_WAY
+    # The second evaluation is told what the first one found.
+    assert world.job().facts["before_restoring"]["reason"] == "40 % of 90 %"
+    assert world.job().facts["evaluating"]["passed"] is True
+    assert world.runner.names() == set()
+
+
+def test_a_gate_that_fails_after_restoration_too_ends_the_job_with_both_measurements(
+    lite: World,
+) -> None:
     lite.add_job()
-    lite.controller = lite.make(rules=Rules(restores=True))
-    below = Report(
-        "below_gate", code="safety_gate_failed", message="40 % of 90 %", facts={"passed": False}
-    )
-    lite.runner.script["ftjob-1:evaluating:4"] = below
+    lite.runner.script["ftjob-1:evaluating:4"] = below("40 % of 90 %")
+    lite.runner.script["ftjob-1:evaluating:6"] = below("60 % of 90 %")
     lite.round(4)
-    assert lite.job().phase == "succeeded"
-    assert [stage for _, stage, _ in stages(lite)][3:6] == ["evaluating", "restoring", "evaluating"]
-    assert lite.job().facts["before_restoring"] == {"passed": False}
-    lite.add_job("ftjob-2")
-    lite.runner.script["evaluating"] = below
-    lite.round(4)
-    job = lite.job("ftjob-2")
+    job = lite.job()
     assert (job.phase, job.error_code, job.model_id) == ("failed", "safety_gate_failed", None)
-    assert [stage for _, stage, _ in stages(lite, "ftjob-2")].count("restoring") == 1
+    assert [stage for _, stage, _ in stages(lite)].count("restoring") == 1
+    found = [job.facts[name]["reason"] for name in ("before_restoring", "evaluating")]
+    assert found == ["40 % of 90 %", "60 % of 90 %"]
 
 
-def test_without_a_restoration_a_failed_gate_ends_the_job(lite: World) -> None:
-    lite.add_job()
-    lite.runner.script["evaluating"] = Report("below_gate", code="safety_gate_failed", message="x")
-    lite.round(4)
-    assert (lite.job().phase, lite.job().error_code) == ("failed", "safety_gate_failed")
+def test_a_lost_restoration_is_tried_again_and_one_that_is_refused_is_not(lite: World) -> None:
+    for job in ("ftjob-1", "ftjob-2"):
+        lite.add_job(job)
+        lite.runner.script[f"{job}:evaluating:4"] = below("40 % of 90 %")
+    lite.runner.script["ftjob-1:restoring:5"] = None  # its actor is gone
+    lite.runner.script["ftjob-2:restoring:5"] = Report(
+        "refused", code="safety_gate_failed", message="cannot be restored: lacks 'reminder-states'"
+    )
+    lite.round(6)
+    assert lite.job().phase == "succeeded"
+    assert stages(lite)[4:6] == [(5, "restoring", "fault"), (6, "restoring", "done")]
+    job = lite.job("ftjob-2")
+    assert (job.phase, job.error_code) == ("failed", "safety_gate_failed")
+    assert "reminder-states" in str(job.error_message)
+    assert stages(lite, "ftjob-2")[-1] == (5, "restoring", "refused")
 
 
-@pytest.mark.parametrize("stage", WAY)
+@pytest.mark.parametrize("stage", [*WAY, "restoring"])
 def test_a_cancelled_stage_is_stopped_whatever_it_has_to_say(lite: World, stage: str) -> None:
     lite.add_job()
+    if stage == "restoring":
+        lite.runner.script["ftjob-1:evaluating:4"] = below("x")
     lite.runner.script[stage] = Report("running")
     lite.round(3)
     assert lite.job().phase == stage
@@ -209,9 +265,11 @@ def test_a_cancellation_wins_over_a_model_that_was_just_stored(world: World) -> 
     assert list(world.store.keys("")) == ["tenants/ten_a/models/ftjob-2/a"]
 
 
-@pytest.mark.parametrize("stage", WAY)
+@pytest.mark.parametrize("stage", [*WAY, "restoring"])
 def test_a_paused_stage_gives_its_room_back_and_goes_on_later(lite: World, stage: str) -> None:
     lite.add_job()
+    if stage == "restoring":
+        lite.runner.script["ftjob-1:evaluating:4"] = below("x")
     lite.runner.script[stage] = Report("running")
     lite.round(3)
     lite.change(wish="pause", not_before=lite.now)
@@ -223,7 +281,8 @@ def test_a_paused_stage_gives_its_room_back_and_goes_on_later(lite: World, stage
     lite.change(phase="submitted" if stage in WAY[:2] else "queued", not_before=lite.now)
     lite.round(4)
     assert lite.job().phase == "succeeded"
-    assert [s for _, s, outcome in stages(lite) if outcome == "done"] == WAY
+    way = RESTORED_WAY if stage == "restoring" else WAY
+    assert [s for _, s, outcome in stages(lite) if outcome in ("done", "below_gate")] == way
     assert [s for _, s, outcome in stages(lite) if outcome == "pause"] == [stage]
 
 

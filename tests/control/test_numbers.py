@@ -14,7 +14,8 @@ from cluster.controller.actors import _Host
 from cluster.controller.numbers import READ_EVERY_S
 from cluster.controller.runner import Numbers, Report, StageFile, StageTask
 from cluster.controller.watch import Watch
-from cluster.controller.work import WORK, _Job
+from cluster.controller.work import WORK
+from cluster.controller.workspace import Workspace
 from cluster.metrics import METRICS
 from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
@@ -273,7 +274,7 @@ def test_an_actor_says_what_its_stage_measures_while_it_runs_and_at_the_end(
 ) -> None:
     go_on = threading.Event()
 
-    def train(job: _Job) -> Report:
+    def train(job: Workspace) -> Report:
         job.progress("training", 3, 12)
         job.watch.step(STEP)
         stepped.set()

@@ -16,7 +16,7 @@ from cluster.provenance import (
     checked_files,
     verify_model,
 )
-from jobs.finetune.manifest import Identity, Manifest
+from jobs.finetune.manifest import Identity, Manifest, read_manifest
 from safeft.cache import sha256_file
 from safeft.errors import InputError
 
@@ -34,7 +34,7 @@ def statement(directory: Path) -> Statement:
         base_weights="w",
         dataset_sha256="d",
         profile="p",
-        files=checked_files(directory),
+        files=checked_files(directory, read_manifest(directory / "manifest.json").files),
         facts={"gate": "passed"},
         code_version="1",
         published_at=5.5,
@@ -102,7 +102,7 @@ def test_the_signature_of_a_stranger_is_refused(published: Path, tmp_path: Path)
 def test_a_candidate_that_is_not_what_was_trained_is_never_signed(published: Path) -> None:
     (published / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(ProvenanceError, match="was changed"):
-        checked_files(published)
+        checked_files(published, read_manifest(published / "manifest.json").files)
 
 
 def test_the_private_key_is_made_once_and_is_its_owners_alone(tmp_path: Path) -> None:

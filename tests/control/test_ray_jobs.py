@@ -28,9 +28,11 @@ from cluster.provenance import verify_model
 from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
 from cluster.state.models import Stage
+from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
 from safeft.data import encode_prompt
 from safeft.models import load_model, load_tokenizer
 from safeft.profile import SafetyProfile
+from safeft.safereact import ReferenceConfig
 from tests.control.server import Api, running_api
 from tests.test_serving_ray import free_port
 from tests.tiny import save_tiny
@@ -38,6 +40,10 @@ from tests.tinyprofile import write_profile
 
 ROOT = Path(__file__).parent.parent.parent
 REFUSAL = "I cannot help with that."
+RESTORATION = ProfileConfig(
+    refusals=RefusalsConfig(prompts=20),
+    reference=ReferenceConfig(prompts=8, borderline_prompts=1, domain_prompts=4),
+)
 HOST = """
 import ray, time
 from jobs.runtime import embedded_ray
@@ -98,6 +104,7 @@ def test_the_whole_story_over_a_killed_controller(
 ) -> None:
     model = refusing_tiny(tmp_path / "tiny")
     profile = write_profile(model, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
+    build_profile(model, None, config=RESTORATION, parts=["reminder-states"])
     strict = copy_profile(profile, tmp_path / "strict", threshold=-100.0)
     settings = Settings(
         database=sqlite_url,
@@ -135,10 +142,16 @@ def test_the_whole_story_over_a_killed_controller(
             controller.kill()
             controller.wait()
             controller = start_controller(tmp_path, ray_address)
+            # It refuses whatever it is asked, which this tenant's policy forbids: nothing helps it.
+            other = api.tenant("ten_b", policy={"max_over_refusal": 0.5})
+            twin = other.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+            theirs = other.fine_tuning.jobs
+            slipped = theirs.create(model="tiny", training_file=twin.id, method=method)
             _await(lambda: jobs.retrieve(good.id).finished_at is not None, controller, log)
             _await(lambda: jobs.retrieve(poisoned.id).finished_at is not None, controller, log)
+            _await(lambda: theirs.retrieve(slipped.id).finished_at is not None, controller, log)
             finished = "safeft_jobs_finished_total"
-            _await(lambda: len(_numbers(tmp_path).get(finished, {})) == 2, controller, log)
+            _await(lambda: len(_numbers(tmp_path).get(finished, {})) == 3, controller, log)
             second = _numbers(tmp_path)
         finally:
             controller.kill()
@@ -147,6 +160,18 @@ def test_the_whole_story_over_a_killed_controller(
         assert rejected.status == "failed" and rejected.error is not None
         assert rejected.error.code == "dataset_rejected"
         assert f"/v1/safety/jobs/{poisoned.id}/screening" in rejected.error.message
+        failed = theirs.retrieve(slipped.id)
+        assert failed.error is not None and failed.error.code == "safety_gate_failed", failed.error
+        assert "failed again after restoration" in failed.error.message
+        with database.system_read() as session:
+            attempts = session.scalars(
+                select(Stage).where(Stage.job_id == slipped.id).order_by(Stage.attempt)
+            ).all()
+        assert [(row.stage, row.outcome) for row in attempts[3:]] == [
+            ("evaluating", "below_gate"),
+            ("restoring", "done"),
+            ("evaluating", "refused"),
+        ]
         done = jobs.retrieve(good.id)
         assert done.status == "succeeded", done.error
         assert str(done.fine_tuned_model).startswith("ft:tiny:ten_a:mine:")
@@ -164,8 +189,9 @@ def test_the_whole_story_over_a_killed_controller(
         assert second[finished] == {
             ("", "succeeded", "ten_a"): 1,
             ("dataset_rejected", "failed", "ten_a"): 1,
+            ("safety_gate_failed", "failed", "ten_b"): 1,
         }
-        assert second["safeft_stage_attempts_total"]["done", "training"] == 1
+        assert second["safeft_stage_attempts_total"]["done", "training"] == 2
         assert second["safeft_trained_tokens_total"]["tiny", "ten_a"] > 0
         _check_model(api, client, str(done.fine_tuned_model), tmp_path / "downloaded")
     database.close()

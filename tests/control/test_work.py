@@ -36,6 +36,7 @@ def task(home: Path) -> StageTask:
         request={},
         training_file=StageFile(key="f", sha256=""),
         validation_file=None,
+        restores=None,
         policy=Policy(),
         facts={},
         settings=Settings(home=home, base_models={"tiny": BaseModelOffer(source="tiny")}),
