@@ -24,12 +24,14 @@ from jobs.finetune import FinetuneResult
 from jobs.finetune.manifest import Identity, Manifest
 from jobs.pipeline import read_dataset
 from jobs.restore import Restoration
-from jobs.verdict import Verdict, decide
+from jobs.review import read_decision
+from jobs.verdict import VERDICT, Verdict, decide, read_verdict
 from safeft.cache import sha256_file
 from safeft.models import adapter_hash, weights_hash
 from safeft.profile import SafetyProfile
 from safeft.progress import silent
 from safeft.prompts import load_prompts
+from safeft.screen_policy import ScreenPolicy
 from tests.tiny import save_tiny
 from tests.tinyadapters import save_adapter
 from tests.tinyprofile import write_profile
@@ -210,3 +212,37 @@ def test_what_a_profile_lacks_for_a_restoration_is_said_with_the_command_and_not
     assert (report.outcome, report.code) == ("refused", "safety_gate_failed")
     assert slipped.facts["reason"] in report.message
     assert re.search(f"cannot be restored.*lacks '{part}'; run .*--part {part}", report.message)
+
+
+def test_a_review_is_asked_for_by_the_policy_and_an_approval_is_of_that_verdict_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.model_validate(
+        {"constraints": (), "on_risk": "review", "screening": {"row_threshold": -1.0}}
+    )
+    request = CreateJob(model="tiny", training_file="file-1")
+    kept = accepted(request, policy, world.settings.base_models["tiny"])
+    world.task = world.task.model_copy(update={"request": kept, "policy": policy})
+    given: dict[str, Any] = {}
+
+    def screen_file(path: Path, *, output: Path, **how: Any) -> tuple[Verdict, Path]:
+        given.update(how)
+        output.mkdir()
+        limits = ScreenPolicy(row_threshold=how["policy"].row_threshold)
+        bound = {"data_sha256": "d", "rows_sha256": "r", "profile": "p"}
+        verdict = decide(SCORES, limits, how["on_risk"], **bound)
+        (output / VERDICT).write_text(verdict.model_dump_json())
+        return verdict, output
+
+    monkeypatch.setattr("cluster.controller.work.screen_file", screen_file)
+    asked = world.perform("screening")
+    assert asked.outcome == "review" and "4 of 4 rows" in asked.message
+    assert (given["on_risk"], given["policy"].row_threshold) == ("review", -1.0)
+
+    directory = world.settings.work / "ftjob-1" / "screening"
+    approval = {"approved": True, "by": "key:x", "reason": "I read them", "at": 1.0}
+    other = {**asked.facts, "verdict_sha256": "of another verdict"}
+    for facts, found in ((other, None), (asked.facts, "accepted")):
+        world.perform("training", screening=facts, dataset_review=approval)
+        decision = read_decision(directory, read_verdict(directory))
+        assert (decision and decision.decision) == found

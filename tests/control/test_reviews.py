@@ -167,8 +167,8 @@ def test_cancelling_while_it_waits_frees_everything(api: Api, admin_key: str) ->
     assert not work.exists()
 
 
-def test_decisions_on_the_command_line(
-    api: Api, admin_key: str, monkeypatch: pytest.MonkeyPatch
+def test_decisions_and_policies_on_the_command_line(
+    api: Api, admin_key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAFEFT_API", api.url)
     monkeypatch.setenv("SAFEFT_API_KEY", admin_key)
@@ -180,6 +180,14 @@ def test_decisions_on_the_command_line(
     assert "failed" in run("jobs", "reject", other, "--reason", "no licence")
     assert "ftjob" not in run("jobs", "waiting")
     assert json.loads(run("jobs", "--json")) == []  # the administrator's own tenant has none
+    limits = tmp_path / "limits.yaml"
+    limits.write_text("row_threshold: 0.5\n")
+    words = ["policy", "set", "ten_b", "--on-risk", "review", "--require-approval"]
+    policy = json.loads(run(*words, "--screening", limits, "--reason", "contract 17"))
+    assert (policy["on_risk"], policy["require_approval"]) == ("review", True)
+    assert policy["screening"] == {"row_threshold": 0.5}
+    policy = json.loads(run("policy", "set", "ten_b", "--no-approval", "--reason", "contract 18"))
+    assert (policy["on_risk"], policy["require_approval"]) == ("review", False)
 
 
 def offer() -> BaseModelOffer:

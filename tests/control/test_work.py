@@ -14,6 +14,7 @@ from cluster.settings import BaseModelOffer, Settings
 from cluster.tenancy.tenants import Policy
 from safeft.errors import (
     DatasetRejected,
+    DatasetUnderReview,
     InputError,
     MeasurementError,
     ModelError,
@@ -50,6 +51,7 @@ def task(home: Path) -> StageTask:
         (RowErrors("rows", [(3, "messages", "is empty")]), "refused", "invalid_training_file"),
         (SpecError("bad"), "refused", "invalid_request"),
         (DatasetRejected("risky"), "refused", "dataset_rejected"),
+        (DatasetUnderReview("another policy"), "refused", "dataset_rejected"),
         (ProfileError("missing"), "refused", "no_safety_profile"),
         (ArtifactMissing("gone"), "refused", "file_missing"),
         (ModelError("cannot be fetched"), "fault", "ModelError"),
