@@ -88,6 +88,10 @@ def up(
         raise InputError(
             "--host: without --settings nobody's key is checked, so it listens on this machine only"
         )
+    if state is not None and place.state is not None:
+        raise InputError(
+            f"--state: with --settings it is {place.state}, where the API looks for it"
+        )
     if max_age <= 2 * probe_every:
         raise InputError("--max-age: must be more than twice --probe-every, or healthy models fall")
     adapters = dict(_named(text) for text in adapter or ())
@@ -101,7 +105,7 @@ def up(
             policy=policy,
             base=str(base),
             name=place.name,
-            state=state or place.state,
+            state=place.state or state,
             host=host,
             port=port,
             front=settings is not None,
@@ -171,7 +175,7 @@ def _place(settings: Path | None, model: str | None) -> _Place:
     served = {name: offer for name, offer in found.base_models.items() if offer.serving}
     if model is None and len(served) == 1:
         (model,) = served
-    if model not in served:
+    if model is None or model not in served:
         names = ", ".join(served) or "none: give one `serving: http://host:port` there"
         raise InputError(f"--model: name a base model that {settings} has served ({names})")
     offer = served[model]
