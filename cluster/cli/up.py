@@ -89,9 +89,7 @@ def up(
             "--host: without --settings nobody's key is checked, so it listens on this machine only"
         )
     if state is not None and place.state is not None:
-        raise InputError(
-            f"--state: with --settings it is {place.state}, where the API looks for it"
-        )
+        raise InputError(f"--state: with --settings it is {place.state}: the API looks there")
     if max_age <= 2 * probe_every:
         raise InputError("--max-age: must be more than twice --probe-every, or healthy models fall")
     adapters = dict(_named(text) for text in adapter or ())
