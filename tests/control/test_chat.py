@@ -214,6 +214,9 @@ def test_the_gates_and_the_queues_refusals_reach_the_client_as_they_are(
         assert acme.chat.completions.create(model="base", **BRIEF)
         plane.registrar.look()
         assert acme.models.retrieve(bot).state == "quarantined"  # type: ignore[attr-defined]
+        for job in acme.fine_tuning.jobs.list():  # the restoration that it asked for
+            if job.finished_at is None:
+                acme.fine_tuning.jobs.cancel(job.id)
     finally:
         plane.stack.do(decide("release", bot, "ann", "it was nothing"))
         plane.stack.settle()
