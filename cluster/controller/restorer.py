@@ -81,7 +81,7 @@ class Restorer:
                 self._cancel(job_id)
 
     def _jobs(self, ids: list[str]) -> dict[str, Job]:
-        found = {}
+        found: dict[str, Job] = {}
         with self._database.system_read() as session:
             for start in range(0, len(ids), _AT_ONCE):
                 query = select(Job).where(Job.id.in_(ids[start : start + _AT_ONCE]))
