@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api import admin, chat, errors, events, files, jobs, models, reviews, safety
+from cluster.api import admin, chat, errors, events, files, jobs, models, pages, reviews, safety
 from cluster.api.services import Services
 from safeft import __version__
 
@@ -38,6 +38,7 @@ def create_app(services: Services) -> FastAPI:
         services.database.require_current()
         return {"status": "ok"}
 
+    app.mount(pages.ROOT, pages.create_pages(services))
     app.add_middleware(_BoundedBody)
     return app
 

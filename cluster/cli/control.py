@@ -35,7 +35,8 @@ def api(
         )
     services = Services.open(load_settings(settings))
     app = create_app(services)
-    err.print(f"the API is at http{'' if certificate is None else 's'}://{host}:{port}")
+    address = f"http{'' if certificate is None else 's'}://{host}:{port}"
+    err.print(f"the API is at {address}/v1, the status page at {address}/status/")
     uvicorn.run(
         app,
         host=host,
