@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -23,14 +24,42 @@ with embedded_ray(num_cpus=1):
     with embedded_ray():  # an inner one uses the outer one's Ray and leaves it running
         pass
     assert ray.is_initialized()
-    print("ready", flush=True)
+    print(ray.get_runtime_context().gcs_address, flush=True)
     time.sleep(600)
 """
 
 
+STRANGER = """
+import ray, sys
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def refused(address: str, home: Path, token: str | None) -> str:
+    """What Ray says to a process of somebody else, who has another token or none."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token" if token else "disabled"}
+    if token:
+        environment["RAY_AUTH_TOKEN"] = token
+    stranger = subprocess.run(
+        [sys.executable, "-c", STRANGER, address], env=environment, capture_output=True, text=True
+    )
+    assert stranger.returncode == 1, stranger.stderr
+    return stranger.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("moment", ["while Ray starts", "while Ray runs"])
 def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) -> None:
-    environment = {**os.environ, MARK: uuid.uuid4().hex, "TMPDIR": str(tmp_path)}
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    environment = {
+        **os.environ,
+        **{MARK: uuid.uuid4().hex, "TMPDIR": str(temporary), "HOME": str(home)},
+    }
     before = set(Path("/tmp").glob("safeft-*"))  # a long TMPDIR is not used for sockets
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
@@ -41,7 +70,10 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
     )
     assert child.stdout is not None
     if moment == "while Ray runs":
-        assert child.stdout.readline() == b"ready\n"
+        address = child.stdout.readline().decode().strip()
+        token = home / ".ray" / "auth_token"
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600 and token.read_text()
+        assert "uthentic" in refused(address, temporary, "0" * 64)
     while not processes(b"gcs_server", environment[MARK]):
         assert child.poll() is None
         time.sleep(0.01)
@@ -49,7 +81,7 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
     assert child.wait(timeout=60) != 0
     child.stdout.close()
     assert not processes(mark=environment[MARK])
-    assert not list(tmp_path.iterdir())
+    assert not list(temporary.iterdir())
     assert set(Path("/tmp").glob("safeft-*")) <= before
 
 

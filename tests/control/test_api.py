@@ -709,7 +709,12 @@ def test_the_openapi_document_names_every_route_and_the_docs_are_served(lite: Ap
     )
     schema = document["paths"]["/v1/files"]["post"]["requestBody"]["content"]
     assert "multipart/form-data" in schema
-    assert httpx2.get(f"{lite.url}/docs").status_code == 200
+    docs = httpx2.get(f"{lite.url}/docs", follow_redirects=True)
+    assert (
+        docs.status_code == 200 and "default-src 'none'" in docs.headers["content-security-policy"]
+    )
+    assert all(path in docs.text for path in document["paths"])
+    assert 'id="CreateJob"' in docs.text and "http" not in docs.text.replace("HTTP", "")
 
 
 def test_every_phase_has_a_way_to_its_end() -> None:

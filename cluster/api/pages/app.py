@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import MutableHeaders
@@ -12,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api import errors
 from cluster.api.errors import ApiError
-from cluster.api.pages import access, fleet, jobs, models
+from cluster.api.pages import access, fleet, jobs, models, reference
 from cluster.api.pages.render import page
 from cluster.api.services import Services
 
@@ -30,12 +32,16 @@ _HEADERS = {
 }
 
 
-def create_pages(services: Services) -> ASGIApp:
-    """The pages over `services`, to be mounted at `render.ROOT`."""
+def create_pages(services: Services, document: Callable[[], dict[str, Any]]) -> ASGIApp:
+    """The pages over `services`, to be mounted at `render.ROOT`.
+
+    Args:
+        document: makes the API's OpenAPI document.
+    """
     app = FastAPI(openapi_url=None)
-    app.state.services = services
+    app.state.services, app.state.document = services, document
     errors.install(app, _shown)
-    for module in (access, jobs, models, fleet):
+    for module in (access, jobs, models, fleet, reference):
         app.include_router(module.router)
     look = str(files("jobs") / "report" / "style.css")
 
