@@ -28,6 +28,7 @@ _TOOLS = {"ruff", "mypy", "pytest"}
 #: Imported, and declared by declaring what they are a part of.
 _PART_OF = {
     "botocore": "boto3",
+    "grpcio": "ray",
     "huggingface-hub": "transformers",
     "markupsafe": "jinja2",
     "pydantic-core": "pydantic",
