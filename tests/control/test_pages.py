@@ -16,7 +16,7 @@ from cluster.api.pages.timeline import timeline
 from cluster.controller.phases import FINAL, STAGES, WAITING
 from cluster.events import add_event
 from cluster.state import Database
-from cluster.state.models import ApiKey, BrowserSession, Job, Stage, Tenant
+from cluster.state.models import ApiKey, BrowserSession, Job, PublishedModel, Stage, Tenant
 from cluster.tenancy.browser_sessions import SESSION_S
 from cluster.tenancy.quotas import RateLimiter
 from tests.control.page_rows import EVALUATION, SCREENING, add_jobs, add_model, add_stages
@@ -24,7 +24,7 @@ from tests.control.rows import add_tenant, file_row, job_row
 from tests.control.server import Api, running_api
 from tests.control.stages import FACTS, facts_of
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}"
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 'q'*9 }}"
 PHASES = (*WAITING, *STAGES, *FINAL)
 
 
@@ -290,7 +290,7 @@ def test_hostile_names_are_text_and_nothing_comes_from_elsewhere(api: Api) -> No
     paths = ("/status/", "/status/models", "/status/fleet", *pages_of("ftjob-1", model))
     for path in (*paths, f"/status/jobs/{HOSTILE}", f"/status/?after={HOSTILE}"):
         text = browser.get(path).text
-        assert "<script>alert" not in text and "<b>acme" not in text and "49" not in text
+        assert "<script>alert" not in text and "<b>acme" not in text and "q" * 9 not in text
         assert all(link.startswith(("/status/", "#")) for link in refers(text)), path
     assert "&lt;script&gt;alert(1)" in browser.page("/status/jobs/ftjob-1")
 
@@ -359,7 +359,7 @@ def test_a_jobs_page_tells_what_was_found(api: Api) -> None:
     assert "no answer tokens" in report and "4.25" in report and "2 of 12" in report
     told = browser.page(f"/status/models/{model}")
     assert "ef" * 32 in told and api.services.public_key.id in told and "Signed by" in told
-    with api.database.system() as session:  # signed by another key
+    with api.database.system() as session:
         row = session.get_one(Job, job_id)
         before = {"passed": False, "after": EVALUATION["before"]}
         row.facts = {**row.facts, "before_restoring": before}
@@ -369,15 +369,11 @@ def test_a_jobs_page_tells_what_was_found(api: Api) -> None:
 def test_a_manifest_that_another_key_signed_is_not_vouched_for(api: Api) -> None:
     add_tenant(api.database)
     add_jobs(api, "ten_a")
-    signed = {"statement": "{}", "key_id": "0" * 16, "signature": "AAAA"}
     model = add_model(api, "ftjob-ten_a-succeeded")
-    browser = logged_in(api, "ten_a")
-    from cluster.state.models import PublishedModel
-
     with api.database.system() as session:
         row = session.get_one(PublishedModel, model)
-        row.provenance = {**row.provenance, "signature": signed["signature"]}
-    told = browser.page(f"/status/models/{model}")
+        row.provenance = {**row.provenance, "signature": "AAAA"}
+    told = logged_in(api, "ten_a").page(f"/status/models/{model}")
     assert "the signature does not fit the statement" in told and "Signed by" not in told
 
 

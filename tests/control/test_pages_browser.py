@@ -15,6 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from cluster.controller.runner import Report, StageEvent
 from cluster.state import Database
+from cluster.tenancy.browser_sessions import close_session
 from tests.control.page_rows import add_jobs, add_model, add_stages
 from tests.control.rows import add_tenant
 from tests.control.server import Api, running_api
@@ -130,31 +131,31 @@ def test_a_job_is_followed_with_the_keyboard_alone(
         order.append(focused(browser))
     names = ["Skip to the content", "safeft", "Jobs", "Models", "Log out", "all 1", "submitted 1"]
     assert order == [*names, job_id]
-    press(browser, Keys.ENTER)
-    until(browser, lambda: browser.title.startswith("submitted"))
 
     browser.execute_script("window.loaded = 'once'")
-    for _ in range(7):
-        press(browser, Keys.TAB)
-    before = focused(browser)
-    events = [StageEvent(message="step 30 of 80", data={"done": 30, "total": 80})]
-    world.runner.script["training"] = Report("running", events=events)
+    world.runner.script["training"] = Report("running")
     world.round(times=12)
     assert world.job().phase == "training"
-    world.runner.script["training"] = Report("running")
-    phase = browser.find_element(By.ID, "phase")
-    until(browser, lambda: "training" in phase.text)
-    until(browser, lambda: "step 30 of 80" in browser.find_element(By.ID, "events").text)
+    until(browser, lambda: "training" in browser.find_element(By.ID, "jobs").text)
+    assert focused(browser) == job_id  # the place in the page was not lost
+    press(browser, Keys.ENTER)
+    until(browser, lambda: browser.title.startswith("training"))
+    assert browser.execute_script("return window.loaded") is None
+
+    browser.execute_script("window.loaded = 'once'")
     now = browser.find_element(By.CSS_SELECTOR, "[aria-current=step]")
     assert "training" in now.text
-    assert browser.title.startswith("training")
-    assert browser.execute_script("return window.loaded") == "once"  # the page was not left
-    assert focused(browser) == before  # nor the place in it
-
+    events = [StageEvent(message="step 30 of 80", data={"done": 30, "total": 80})]
+    world.runner.script["training"] = Report("running", events=events)
+    world.round()
+    until(browser, lambda: "step 30 of 80" in browser.find_element(By.ID, "events").text)
+    phase = browser.find_element(By.ID, "phase")
+    until(browser, lambda: "37" in phase.text)
     world.runner.script.clear()
     world.round(times=12)
     assert world.job().phase == "succeeded"
-    until(browser, lambda: "succeeded" in phase.text)
+    until(browser, lambda: "succeeded" in phase.text and browser.title.startswith("succeeded"))
+    assert browser.execute_script("return window.loaded") == "once"  # the page was not left
     assert complaints(browser) == []
 
 
@@ -165,8 +166,6 @@ def test_a_session_that_ends_brings_the_form_by_itself(
     cookie = browser.get_cookie("safeft")
     assert cookie is not None and cookie["httpOnly"] and cookie["sameSite"] == "Strict"
     assert browser.execute_script("return document.cookie") == ""
-    from cluster.tenancy.browser_sessions import close_session
-
     close_session(world.database, cookie["value"])
     until(browser, lambda: browser.title.startswith("Log in"))
     assert "Your session has ended" in browser.find_element(By.TAG_NAME, "main").text
