@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)")
 #: Used without an import: drivers, what moto needs for its server, types.
 _NOT_IMPORTED = {"psycopg", "flask", "flask-cors", "types-pyyaml"}
-_TOOLS = {"ruff", "mypy", "pytest"}
+_TOOLS = {"ruff", "mypy", "pytest", "pytest-xdist"}
 #: Imported, and declared by declaring what they are a part of.
 _PART_OF = {
     "botocore": "boto3",
