@@ -555,6 +555,26 @@ def _nothing_left(api: Api) -> None:
     assert api.services.store.sweep(-60) == 0
 
 
+def test_a_key_changes_itself_and_an_administrators_those_of_its_tenant(lite: Api) -> None:
+    own = lite.tenant("ten_a").api_key
+    lite.tenant("ten_b")
+    others = {}
+    with lite.database.system_read() as session:
+        for key in session.scalars(select(ApiKey)):
+            others[key.prefix] = key.id
+    mine = others.pop(own.split("-")[1])
+    [theirs] = others.values()
+    second = lite.key("ten_a", role="admin")
+
+    def revoke(key_id: str, key: str) -> int:
+        return raw(lite, "POST", f"/v1/safety/keys/{key_id}/revoke", key).status_code
+
+    assert revoke(theirs, own) == 403
+    assert revoke(theirs, second) == 404
+    assert revoke(mine, second) == 200
+    assert raw(lite, "GET", "/v1/files", own).status_code == 401
+
+
 def test_a_name_that_is_a_path_is_only_a_name(lite: Api) -> None:
     client = lite.tenant("ten_a")
     for name, shown in [("../../etc/passwd", "passwd"), ("a\\b\\c.jsonl", "c.jsonl"), ("..", "..")]:
