@@ -15,6 +15,7 @@ from sqlalchemy import select
 from cluster.api.pages.timeline import timeline
 from cluster.controller.phases import FINAL, STAGES, WAITING
 from cluster.events import add_event
+from cluster.provenance import Signed, SigningKey, Statement
 from cluster.state import Database
 from cluster.state.models import ApiKey, BrowserSession, Job, PublishedModel, Stage, Tenant
 from cluster.tenancy.browser_sessions import SESSION_S
@@ -377,6 +378,28 @@ def test_a_manifest_that_another_key_signed_is_not_vouched_for(api: Api) -> None
     assert "the signature does not fit the statement" in told and "Signed by" not in told
 
 
+def test_a_restored_model_shows_the_version_that_there_is(api: Api) -> None:
+    add_tenant(api.database)
+    add_jobs(api, "ten_a")
+    model = add_model(api, "ftjob-ten_a-succeeded")
+    with api.database.system() as session:
+        first = session.get_one(Job, "ftjob-ten_a-succeeded")
+        facts = {**first.facts, "evaluating": {**EVALUATION, "reason": "restored since"}}
+        facts["before_restoring"] = {"passed": False, "reason": "quarantined"}
+        facts["dataset_review"] = {"approved": True, "by": "key:1", "reason": "looked at it"}
+        session.add(job_row("ten_a", "ftjob-2", phase="succeeded", facts=facts, model_id=model))
+        row = session.get_one(PublishedModel, model)
+        statement = Statement.model_validate_json(Signed(**row.provenance).statement)
+        key = SigningKey.load_or_create(api.services.settings.signing_key)
+        row.provenance = key.sign(statement.model_copy(update={"job": "ftjob-2"})).model_dump()
+    browser = logged_in(api, "ten_a")
+    shown = browser.page(f"/status/models/{model}")
+    assert "restored since" in shown and "After restoring" in shown
+    assert 'href="/status/jobs/ftjob-2"' in shown and "ftjob-ten_a-succeeded" in shown
+    job = browser.page("/status/jobs/ftjob-2")
+    assert f"/status/models/{model.replace(':', '%3A')}" in job and "looked at it" in job
+
+
 def test_the_list_is_paged_and_narrowed(api: Api) -> None:
     add_tenant(api.database)
     with api.database.system() as session:
@@ -430,6 +453,10 @@ def test_the_timeline_is_what_was_what_is_and_what_is_to_come() -> None:
     job.phase, job.resume_phase = "paused", "training"
     paused = [(s.phase, s.state) for s in timeline(job, stages)][-5:]
     assert paused == [("paused", "now"), *[(p, "to come") for p in ("training", *to_come)]]
+
+    job.phase, job.resume_phase = "awaiting_review", "publishing"
+    reviewed = [(s.phase, s.state) for s in timeline(job, stages)][-3:]
+    assert reviewed == [("awaiting_review", "now"), *[(p, "to come") for p in to_come[1:]]]
 
     job.phase, job.resume_phase, job.finished_at = "failed", None, 11.0
     stages[-1].ended_at, stages[-1].outcome = 11.0, "refused"

@@ -65,7 +65,8 @@ def evaluation_of(facts: dict[str, Any]) -> Measured | None:
         return None
     measured = [("Before training", last.get("before"))]
     if "before_restoring" in facts:
-        measured.append(("After training", facts["before_restoring"].get("after")))
+        earlier = facts["before_restoring"].get("after")  # none where a served model was restored
+        measured += [("After training", earlier)] if earlier else []
         measured.append(("After restoring", last.get("after")))
     else:
         measured.append(("After training", last.get("after")))

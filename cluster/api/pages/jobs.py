@@ -136,7 +136,7 @@ def job(job_id: str, request: Request, services: With, viewer: JobsViewer) -> HT
         named = [name for name in (row.training_file, row.validation_file) if name]
         files = session.scalars(select(File).where(File.id.in_(named))).all()
         model = session.scalars(
-            select(PublishedModel).where(PublishedModel.job_id == job_id)
+            select(PublishedModel).where(PublishedModel.id == row.model_id)
         ).one_or_none()
         [line] = _lines(session, [row])
     may = viewer.may("safety:read")

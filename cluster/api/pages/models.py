@@ -39,7 +39,11 @@ def model(model_id: str, request: Request, services: With, viewer: SafetyViewer)
     """One model: its gate state, its evaluation, its manifest."""
     with reading(services, viewer) as session:
         row = model_of(session, model_id)
-        facts = session.scalars(select(Job).where(Job.id == row.job_id)).one().facts
+        provenance = provenance_of(row.provenance, services.public_key)
+        # What it was measured as: a restoration's job made another version than the first one's.
+        made_by = provenance.statement.job if provenance else row.job_id
+        maker = session.scalars(select(Job).where(Job.id == made_by)).one_or_none()
+    facts = maker.facts if maker else {}
     return page(
         request,
         "model.html.j2",
@@ -47,6 +51,7 @@ def model(model_id: str, request: Request, services: With, viewer: SafetyViewer)
         live=True,
         model=row,
         measured=evaluation_of(facts),
-        provenance=provenance_of(row.provenance, services.public_key),
+        made_by=made_by,
+        provenance=provenance,
         manifest=facts.get("publishing", {}).get("manifest_sha256"),
     )

@@ -81,7 +81,7 @@ def _size(count: float) -> str:
 
 def _kind(word: str) -> str:
     """How the badge of a phase, an outcome or a gate state looks: good, bad, busy or waiting."""
-    if word in ("succeeded", "healthy", "accepted", "done", "passed", "active"):
+    if word in ("succeeded", "healthy", "accepted", "approved", "done", "passed", "active"):
         return "good"
     if word in ("failed", "quarantined", "rejected", "refused", "below_gate", "error"):
         return "bad"

@@ -65,8 +65,8 @@ def timeline(job: Job, stages: Sequence[Stage]) -> list[Step]:
 
 def reached(job: Job) -> int:
     """How many phases of the usual way the job is past or in, of `len(PATH)`."""
-    paused_in = job.resume_phase if job.phase == "paused" else None
-    return _PLACE.get(paused_in or job.phase, 0)
+    waits_before = job.resume_phase if job.phase in ("paused", "awaiting_review") else None
+    return _PLACE.get(waits_before or job.phase, 0)
 
 
 def _to_come(job: Job) -> tuple[str, ...]:
