@@ -7,9 +7,10 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT := $(VENV)/audit
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint audit format setup clean
 
 demo: setup
 	$(BIN)/safeft demo
@@ -25,6 +26,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip check
+	$(BIN)/python -m tests.dependencies
+
+# Known vulnerabilities of the pinned versions. It asks PyPI, and fails where that does not know a
+# package (as mirrors do not): an audit that could not look is not one that found nothing.
+audit: $(AUDIT)/bin/pip-audit
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+$(AUDIT)/bin/pip-audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install 'pip-audit>=2.10,<3'
 
 format: setup
 	$(BIN)/ruff check --fix .

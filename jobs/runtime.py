@@ -138,6 +138,7 @@ def _await_ready(ready: threading.Event) -> None:
 def _start(temp_dir: Path | None, num_cpus: int | None) -> None:
     import ray
 
+    _keep_token_private()
     # Ray listens on every interface, so its token authentication matters: ray.init turns it on for
     # a local cluster. (Setting RAY_AUTH_MODE after `import ray` would leave the driver without.)
     ray.init(
@@ -148,6 +149,28 @@ def _start(temp_dir: Path | None, num_cpus: int | None) -> None:
         _temp_dir=str(temp_dir),
         **_quiet(),
     )
+
+
+def _keep_token_private() -> None:
+    """Nobody but us reads the token that Ray is about to make, or has made: it lets code run.
+
+    Ray would leave its file as the umask says. An empty one is written to, and keeps its mode.
+    """
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be kept from others ({error.strerror}); make it yours, or name a "
+            "token's file in RAY_AUTH_TOKEN_PATH"
+        ) from error
 
 
 def _connect(address: str) -> None:

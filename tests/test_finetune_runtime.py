@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
 
+import grpc
 import pytest
 
 from jobs.runtime import embedded_ray
@@ -23,14 +25,33 @@ with embedded_ray(num_cpus=1):
     with embedded_ray():  # an inner one uses the outer one's Ray and leaves it running
         pass
     assert ray.is_initialized()
-    print("ready", flush=True)
+    print(ray.get_runtime_context().gcs_address, flush=True)
     time.sleep(600)
 """
 
 
+def asked(address: str, token: str) -> grpc.StatusCode:
+    """What Ray's control store answers to somebody with this token."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        bearer = [("authorization", f"Bearer {token}")] if token else []
+        try:
+            ask(b"", metadata=bearer, timeout=60)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return grpc.StatusCode.OK
+
+
 @pytest.mark.parametrize("moment", ["while Ray starts", "while Ray runs"])
 def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) -> None:
-    environment = {**os.environ, MARK: uuid.uuid4().hex, "TMPDIR": str(tmp_path)}
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    home.mkdir()
+    temporary.mkdir()
+    environment = {
+        **os.environ,
+        **{MARK: uuid.uuid4().hex, "TMPDIR": str(temporary), "HOME": str(home)},
+    }
     before = set(Path("/tmp").glob("safeft-*"))  # a long TMPDIR is not used for sockets
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
@@ -41,7 +62,12 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
     )
     assert child.stdout is not None
     if moment == "while Ray runs":
-        assert child.stdout.readline() == b"ready\n"
+        address = child.stdout.readline().decode().strip()
+        token = home / ".ray" / "auth_token"
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600 and token.read_text()
+        assert asked(address, token.read_text()) is grpc.StatusCode.OK
+        for other in ("0" * 64, ""):
+            assert asked(address, other) is grpc.StatusCode.UNAUTHENTICATED
     while not processes(b"gcs_server", environment[MARK]):
         assert child.poll() is None
         time.sleep(0.01)
@@ -49,7 +75,7 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
     assert child.wait(timeout=60) != 0
     child.stdout.close()
     assert not processes(mark=environment[MARK])
-    assert not list(tmp_path.iterdir())
+    assert not list(temporary.iterdir())
     assert set(Path("/tmp").glob("safeft-*")) <= before
 
 

@@ -6,9 +6,10 @@ import asyncio
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api import admin, chat, errors, events, files, jobs, models, reviews, safety
+from cluster.api import admin, chat, errors, events, files, jobs, models, pages, reviews, safety
 from cluster.api.services import Services
 from safeft import __version__
 
@@ -27,6 +28,8 @@ def create_app(services: Services) -> FastAPI:
         title="safeft",
         version=__version__,
         description="Safe fine-tuning for many tenants: OpenAI's API, and what keeps it safe.",
+        docs_url=None,  # FastAPI's loads scripts from elsewhere: see `cluster.api.pages.reference`
+        redoc_url=None,
     )
     app.state.services = services
     errors.install(app)
@@ -38,6 +41,11 @@ def create_app(services: Services) -> FastAPI:
         services.database.require_current()
         return {"status": "ok"}
 
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> RedirectResponse:
+        return RedirectResponse(f"{pages.ROOT}/reference")
+
+    app.mount(pages.ROOT, pages.create_pages(services, app.openapi))
     app.add_middleware(_BoundedBody)
     return app
 

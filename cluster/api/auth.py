@@ -35,8 +35,12 @@ def known_caller(services: Services, credentials: HTTPAuthorizationCredentials |
     return caller
 
 
-def _limited(services: With, credentials: Credentials) -> Caller:
-    caller = known_caller(services, credentials)
+def within_rate(services: Services, caller: Caller) -> Caller:
+    """The caller.
+
+    Raises:
+        ApiError: 429, the tenant asks too often.
+    """
     wait = services.rates.wait_s(caller.tenant_id, caller.requests_per_second)
     if wait > 0:
         raise ApiError(
@@ -49,22 +53,44 @@ def _limited(services: With, credentials: Credentials) -> Caller:
     return caller
 
 
+def with_scope(caller: Caller, scope: Scope) -> Caller:
+    """The caller.
+
+    Raises:
+        ApiError: 403, the key was not given this scope.
+    """
+    if not caller.may(scope):
+        raise ApiError(403, f"This key lacks the scope {scope}", code="missing_scope")
+    return caller
+
+
+def administrator(caller: Caller) -> Caller:
+    """The caller.
+
+    Raises:
+        ApiError: 403, the key is no administrator's.
+    """
+    if caller.role != "admin":
+        raise ApiError(403, "Only an administrator's key may do this", code="not_an_administrator")
+    return caller
+
+
+def _limited(services: With, credentials: Credentials) -> Caller:
+    return within_rate(services, known_caller(services, credentials))
+
+
 AnyCaller = Annotated[Caller, Depends(_limited)]
 
 
 def _with(scope: Scope) -> Callable[[Caller], Caller]:
     def check(caller: AnyCaller) -> Caller:
-        if not caller.may(scope):
-            raise ApiError(403, f"This key lacks the scope {scope}", code="missing_scope")
-        return caller
+        return with_scope(caller, scope)
 
     return check
 
 
 def _administrator(caller: AnyCaller) -> Caller:
-    if caller.role != "admin":
-        raise ApiError(403, "Only an administrator's key may do this", code="not_an_administrator")
-    return caller
+    return administrator(caller)
 
 
 FilesReader = Annotated[Caller, Depends(_with("files:read"))]

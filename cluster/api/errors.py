@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from cluster.artifacts import ArtifactMissing, ArtifactTooLarge, ArtifactUnavailable
 from cluster.tenancy.quotas import QuotaExceeded
@@ -100,11 +102,13 @@ def told(error: Exception) -> ApiError:
     return ApiError(500, "Internal error", code="internal_error", kind="server_error")
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception in this way."""
+def install(
+    app: FastAPI, shown: Callable[[Request, ApiError], Response] = lambda _, error: answer(error)
+) -> None:
+    """Answer every exception in this way; `shown` makes the answer."""
 
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return answer(told(error))
+    async def handle(request: Request, error: Exception) -> Response:
+        return shown(request, told(error))
 
     kinds = (
         *(ApiError, RequestValidationError, HTTPException),

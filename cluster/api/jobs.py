@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from cluster.api.auth import JobsReader, JobsWriter
 from cluster.api.errors import ApiError, invalid, not_found
@@ -223,7 +224,7 @@ def _audit(
     )
 
 
-def job_of(session: TenantSession, job_id: str, *, lock: bool = False) -> Job:
+def job_of(session: Session, job_id: str, *, lock: bool = False) -> Job:
     """Raises ApiError 404 where the tenant has no such job."""
     query = select(Job).where(Job.id == job_id)
     found = session.scalars(query.with_for_update(key_share=True) if lock else query).one_or_none()

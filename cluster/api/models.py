@@ -6,13 +6,13 @@ from typing import Any
 
 from fastapi import APIRouter
 from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
 
 from cluster.api.auth import ModelsReader, ModelsWriter
 from cluster.api.errors import ApiError, not_found
 from cluster.api.objects import model_object
 from cluster.api.services import With
 from cluster.artifacts.names import model_prefix
-from cluster.state import TenantSession
 from cluster.state.models import Job, PublishedModel
 from cluster.tenancy.audit import record
 
@@ -28,7 +28,7 @@ def published() -> Select[PublishedModel]:
     return select(PublishedModel).where(PublishedModel.deleted_at.is_(None))
 
 
-def model_of(session: TenantSession, model_id: str) -> PublishedModel:
+def model_of(session: Session, model_id: str) -> PublishedModel:
     """Raises ApiError 404 where the tenant has no such model."""
     found = session.scalars(published().where(PublishedModel.id == model_id)).one_or_none()
     if found is None:

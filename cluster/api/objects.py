@@ -8,12 +8,17 @@ from cluster.controller.phases import STATUS
 from cluster.state.models import Job, JobEvent, PublishedModel
 
 
+def shown_phase(job: Job) -> str:
+    """The phase, and that it is being left for good."""
+    # Nothing takes a cancellation back.
+    return "cancelling" if job.wish == "cancel" and job.phase != "cancelled" else job.phase
+
+
 def job_object(job: Job) -> dict[str, Any]:
     """OpenAI's fine-tuning job; `phase` and `safety` are ours."""
     error = None
     if job.error_code is not None:
         error = {"code": job.error_code, "message": job.error_message, "param": job.error_param}
-    cancelling = job.wish == "cancel"  # nothing takes that back
     published = job.phase == "succeeded"
     return {
         "id": job.id,
@@ -31,11 +36,11 @@ def job_object(job: Job) -> dict[str, Any]:
         "organization_id": job.tenant_id,
         "result_files": [],
         "seed": job.request["seed"],
-        "status": "cancelled" if cancelling else STATUS[job.phase],
+        "status": "cancelled" if job.wish == "cancel" else STATUS[job.phase],
         "trained_tokens": job.facts["training"]["trained_tokens"] if published else None,
         "training_file": job.training_file,
         "validation_file": job.validation_file,
-        "phase": "cancelling" if cancelling and job.phase != "cancelled" else job.phase,
+        "phase": shown_phase(job),
         "safety": f"/v1/safety/jobs/{job.id}",
     }
 

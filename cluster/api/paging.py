@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Query
 from sqlalchemy import Select, and_, or_
+from sqlalchemy.orm import Session
 
 from cluster.api.errors import not_found
-from cluster.state import TenantSession
 from cluster.state.models import File, Job
 
 R = TypeVar("R", File, Job)
@@ -17,7 +17,7 @@ Order = Literal["asc", "desc"]
 
 
 def page(
-    session: TenantSession,
+    session: Session,
     query: Select[R],
     model: type[R],
     after: str | None,

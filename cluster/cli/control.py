@@ -24,18 +24,14 @@ def api(
     import uvicorn
 
     from cluster.api import Services, create_app
+    from cluster.cli.tls import check_listener
     from cluster.settings import load_settings
-    from safeft.errors import InputError
 
-    loopback = host in ("127.0.0.1", "::1", "localhost")
-    if not loopback and certificate is None:
-        raise InputError(
-            f"--host {host}: keys would travel in the clear; give --certificate and --private-key, "
-            "or stay on loopback behind a proxy with TLS"
-        )
+    check_listener(host, certificate, private_key)
     services = Services.open(load_settings(settings))
     app = create_app(services)
-    err.print(f"the API is at http{'' if certificate is None else 's'}://{host}:{port}")
+    address = f"http{'' if certificate is None else 's'}://{host}:{port}"
+    err.print(f"the API is at {address}/v1, the status page at {address}/status/")
     uvicorn.run(
         app,
         host=host,

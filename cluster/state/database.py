@@ -137,15 +137,21 @@ def _engine(url: str) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(parsed, pool_pre_ping=True, pool_size=16, max_overflow=16)
+        return create_engine(
+            parsed, pool_pre_ping=True, pool_size=16, max_overflow=16, hide_parameters=True
+        )
     if backend != "sqlite" or not parsed.database or not Path(parsed.database).is_absolute():
         raise InputError(
             "database: must be sqlite:////absolute/path or postgresql://..., not "
             f"{parsed.render_as_string(hide_password=True)}"
         )
-    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    Path(parsed.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(
-        parsed, pool_size=16, max_overflow=16, connect_args={"timeout": _BUSY_TIMEOUT_S}
+        parsed,
+        pool_size=16,
+        max_overflow=16,
+        hide_parameters=True,  # tenants' values are in no error that may be logged
+        connect_args={"timeout": _BUSY_TIMEOUT_S},
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -90,6 +90,16 @@ class ApiKey(TenantOwned, Base):
     revoked_at: Mapped[float | None]
 
 
+class BrowserSession(TenantOwned, Base):
+    """Somebody who logged in to the pages with a key. The cookie holds the token, we its hash."""
+
+    __tablename__ = "browser_sessions"
+    token_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_id: Mapped[str] = mapped_column(ID, ForeignKey("api_keys.id"))
+    created_at: Mapped[float]
+    expires_at: Mapped[float] = mapped_column(index=True)
+
+
 class File(TenantOwned, Base):
     """An uploaded file. A row without `sha256` is an upload under way, or an abandoned one."""
 

@@ -78,7 +78,11 @@ def authenticate(database: Database, shown: str, now: float) -> Caller | None:
     good = hmac.compare_digest(_hash(secret), found[0].secret_sha256 if found else _NOBODY)
     if found is None or not good:
         return None
-    key, tenant = found
+    return caller_of(*found, now)
+
+
+def caller_of(key: ApiKey, tenant: Tenant, now: float) -> Caller | None:
+    """Who calls with this key; None where it has ended, or its tenant is suspended."""
     if key.revoked_at is not None or tenant.suspended_at is not None:
         return None
     if key.expires_at is not None and key.expires_at <= now:

@@ -15,6 +15,7 @@ from cluster.state.models import ChatUsage, File, Job, Stage, Tenant
 from safeft.errors import SafeftError
 
 METERED = ("training", "evaluating", "restoring")
+_SECONDS = func.sum((Stage.ended_at - Stage.started_at) * Stage.slots)
 
 
 class QuotaExceeded(SafeftError):
@@ -53,11 +54,17 @@ def stored_bytes(session: TenantSession) -> int:
 def gpu_seconds(session: Session, tenant_id: str, job_id: str | None = None) -> float:
     """Worker-seconds of finished stages of training, evaluation and restoration: of one of the
     tenant's jobs, or of all."""
-    seconds = (Stage.ended_at - Stage.started_at) * Stage.slots
-    query = select(func.sum(seconds)).where(Stage.tenant_id == tenant_id, Stage.stage.in_(METERED))
+    query = select(_SECONDS).where(Stage.tenant_id == tenant_id, Stage.stage.in_(METERED))
     if job_id is not None:
         query = query.where(Stage.job_id == job_id)
     return float(session.scalars(query).one() or 0.0)
+
+
+def gpu_seconds_by_tenant(session: Session) -> dict[str, float]:
+    """The same of every tenant that has any."""
+    metered = select(Stage.tenant_id, _SECONDS).where(Stage.stage.in_(METERED))
+    rows = session.execute(metered.group_by(Stage.tenant_id))
+    return {tenant: float(seconds or 0.0) for tenant, seconds in rows}
 
 
 def trained_tokens(session: TenantSession) -> float:
@@ -100,19 +107,23 @@ def _locked(session: TenantSession) -> Tenant:
 
 
 class RateLimiter:
-    """A token bucket a tenant, of this process: two seconds' worth may come at once."""
+    """A token bucket for each name (a tenant, mostly), of this process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # tenant: tokens, when
+        self._buckets: dict[str, tuple[float, float]] = {}  # name: tokens, when
 
-    def wait_s(self, tenant_id: str, per_second: float) -> float:
-        """0 where a request may pass now, otherwise the seconds after which it may."""
-        now, room = self._clock(), max(1.0, 2 * per_second)
+    def wait_s(self, name: str, per_second: float, burst: float | None = None) -> float:
+        """0 where a request may pass now, otherwise the seconds after which it may.
+
+        Args:
+            burst: how many may come at once; None: two seconds' worth.
+        """
+        now, room = self._clock(), max(1.0, 2 * per_second) if burst is None else burst
         with self._lock:
-            tokens, since = self._buckets.get(tenant_id, (room, now))
+            tokens, since = self._buckets.get(name, (room, now))
             tokens = min(room, tokens + (now - since) * per_second)
             allowed = tokens >= 1.0
-            self._buckets[tenant_id] = (tokens - 1.0 if allowed else tokens, now)
+            self._buckets[name] = (tokens - 1.0 if allowed else tokens, now)
         return 0.0 if allowed else (1.0 - tokens) / per_second

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colours of the light scheme. In the SVG each becomes a CSS variable, which `style.html.j2` sets
+#: Colours of the light scheme. In the SVG each becomes a CSS variable, which `style.css` sets
 #: for both schemes. The hues are Okabe and Ito's, told apart by colour-blind readers.
 COLOURS = {
     "ink": "#1b2430",

@@ -555,6 +555,26 @@ def _nothing_left(api: Api) -> None:
     assert api.services.store.sweep(-60) == 0
 
 
+def test_a_key_changes_itself_and_an_administrators_those_of_its_tenant(lite: Api) -> None:
+    own = lite.tenant("ten_a").api_key
+    lite.tenant("ten_b")
+    others = {}
+    with lite.database.system_read() as session:
+        for key in session.scalars(select(ApiKey)):
+            others[key.prefix] = key.id
+    mine = others.pop(own.split("-")[1])
+    [theirs] = others.values()
+    second = lite.key("ten_a", role="admin")
+
+    def revoke(key_id: str, key: str) -> int:
+        return raw(lite, "POST", f"/v1/safety/keys/{key_id}/revoke", key).status_code
+
+    assert revoke(theirs, own) == 403
+    assert revoke(theirs, second) == 404
+    assert revoke(mine, second) == 200
+    assert raw(lite, "GET", "/v1/files", own).status_code == 401
+
+
 def test_a_name_that_is_a_path_is_only_a_name(lite: Api) -> None:
     client = lite.tenant("ten_a")
     for name, shown in [("../../etc/passwd", "passwd"), ("a\\b\\c.jsonl", "c.jsonl"), ("..", "..")]:
@@ -709,7 +729,12 @@ def test_the_openapi_document_names_every_route_and_the_docs_are_served(lite: Ap
     )
     schema = document["paths"]["/v1/files"]["post"]["requestBody"]["content"]
     assert "multipart/form-data" in schema
-    assert httpx2.get(f"{lite.url}/docs").status_code == 200
+    docs = httpx2.get(f"{lite.url}/docs", follow_redirects=True)
+    assert (
+        docs.status_code == 200 and "default-src 'none'" in docs.headers["content-security-policy"]
+    )
+    assert all(path in docs.text for path in document["paths"])
+    assert 'id="CreateJob"' in docs.text and "http" not in docs.text.replace("HTTP", "")
 
 
 def test_every_phase_has_a_way_to_its_end() -> None:

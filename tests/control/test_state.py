@@ -62,6 +62,15 @@ def test_a_url_that_is_refused_is_named_without_its_password() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_an_error_of_the_database_holds_no_values(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    query = text("SELECT :secret FROM nowhere")
+    with pytest.raises(DBAPIError, match="nowhere") as caught, database.system() as session:
+        session.execute(query, {"secret": "hunter2"})
+    assert "hunter2" not in str(caught.value)
+    database.close()
+
+
 @pytest.mark.parametrize("url", ["", "mysql://x/y", "sqlite:///relative.db", "sqlite://", "no"])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(InputError, match="database: must be"):
