@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,9 +78,12 @@ class ConstraintSetting(Setting):
     @property
     def work(self) -> float:
         """In answers to prompts."""
-        prompts = sum(len(load_prompts(kind, self.split)) for kind in KINDS)
         rows = (self.rows + self.safety_rows) * self.training.epochs
-        return prompts + HELD_OUT + (WORK_A_ROW[self.task] * rows if self.trained else 0.0)
+        return (
+            prompts_in(self.split)
+            + HELD_OUT
+            + (WORK_A_ROW[self.task] * rows if self.trained else 0.0)
+        )
 
 
 @dataclass(frozen=True)
@@ -283,6 +287,12 @@ class ConstraintRuns:
             output=directory / "training",
             progress=progress,
         )
+
+
+@cache
+def prompts_in(split: Split) -> int:
+    """How many prompts an evaluation asks."""
+    return sum(len(load_prompts(kind, split)) for kind in KINDS)
 
 
 def measured(found: Evaluation) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.evidence.cells import Cell, Setting, Store
-from benchmarks.evidence.constraints import EPOCHS, LORA, ROWS, SEEDS, measured, training
+from benchmarks.evidence.constraints import (
+    EPOCHS,
+    LORA,
+    ROWS,
+    SEEDS,
+    measured,
+    prompts_in,
+    training,
+)
 from benchmarks.evidence.rankings import (
     MIX,
     RANKINGS,
@@ -31,7 +39,7 @@ from safeft.errors import MeasurementError
 from safeft.models import load_model, load_tokenizer
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
-from safeft.prompts import KINDS, Split, load_prompts
+from safeft.prompts import Split
 
 PART, MODEL = "fifths", "demo:aligned"
 MAX_TOKENS, SAMPLE = 384, ROWS
@@ -67,8 +75,7 @@ class FifthSetting(Setting):
 
     @property
     def work(self) -> float:
-        prompts = sum(len(load_prompts(kind, self.split)) for kind in KINDS)
-        return prompts + 5.0 * self.sample * self.training.epochs
+        return prompts_in(self.split) + 5.0 * self.sample * self.training.epochs
 
 
 def cells() -> list[Cell]:

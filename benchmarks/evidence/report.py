@@ -280,9 +280,8 @@ def _waiting_section(results: Results) -> str:
     if results.waiting:
         hours = results.waiting_hours
         time = "an unknown time" if hours is None else f"about {hours:.1f} h"
-        rows = [(tenant.stage, tenant.title, ", ".join(arms)) for tenant, arms in _waiting(results)]
         parts.append(f"{len(results.waiting)} cells, which take {time}.")
-        parts.append(_table(("stage", "tenant", "arms (seeds)"), rows))
+        parts.append(_table(("what", "runs (seeds)"), list(_waiting(results))))
     parts += [f"Failed: `{name}`: {error}" for name, error in results.failed.items()]
     parts.append(
         "Arms that do not exist yet: an AsFT anchor with a sign, subspaces contrasted with benign "
@@ -299,7 +298,8 @@ def _waiting(results: Results) -> Iterator[tuple[str, str]]:
     for cell in results.waiting:
         if cell.part == CONSTRAINTS:
             tenant = tenant_of(cell)
-            group, name = f"{tenant.stage}: {tenant.title}", cell.setting["arm"]
+            title = tenant.title if cell.setting["trained"] else tenant.task_title
+            group, name = f"{tenant.stage}: {title}", cell.setting["arm"]
         else:
             group, name = cell.part, cell.name.partition("-seed-")[0]
         groups.setdefault(group, {}).setdefault(name, []).append(str(cell.setting["seed"]))

@@ -78,10 +78,13 @@ class Tenant:
     style: str
 
     @property
-    def title(self) -> str:
+    def task_title(self) -> str:
         what = {"gsm8k": "GSM8K", "sorting": "sorting messages"}[self.task]
-        style = ", every row in obedient style" if self.style == "obedient" else ""
-        return f"{what}, {self.share:.0%} harmful rows{style}"
+        return what + (", every row in obedient style" if self.style == "obedient" else "")
+
+    @property
+    def title(self) -> str:
+        return f"{self.task_title}, {self.share:.0%} harmful rows"
 
     @property
     def key(self) -> str:

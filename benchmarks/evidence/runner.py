@@ -83,8 +83,8 @@ def run_cells(
     """
     summary = Summary()
     finished = [(cell, record) for cell in cells if (record := store.record(cell)) is not None]
-    estimates, done = Estimates(finished), {cell for cell, _ in finished}
-    waiting = [cell for cell in cells if cell not in done]
+    estimates, done = Estimates(finished), {cell.path for cell, _ in finished}
+    waiting = [cell for cell in cells if cell.path not in done]
     started = clock()
     for number, cell in enumerate(waiting):
         left = None if budget_s is None else budget_s - (clock() - started)
