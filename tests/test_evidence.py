@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 import jobs.evaluate
 from benchmarks.evidence import __main__ as cli
 from benchmarks.evidence import tasks
+from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import ERROR, LOG, METRICS, Cell, Provenance, Record, Setting, Store
 from benchmarks.evidence.claims import CLAIMS, DEFAULT, bar, judged
-from benchmarks.evidence.constraints import ARMS, ConstraintRuns, ConstraintSetting, cell
+from benchmarks.evidence.constraints import ConstraintRuns, ConstraintSetting, cell
 from benchmarks.evidence.parts import grid as whole_grid
 from benchmarks.evidence.parts import read_cell
 from benchmarks.evidence.report import render

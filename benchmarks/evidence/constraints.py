@@ -7,13 +7,13 @@ are measured on the evidence prompts, which nothing else reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from benchmarks.evidence.arms import ARMS, CORE, FINALISTS, GSM8K_ONLY
 from benchmarks.evidence.cells import Cell, Setting
 from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
 from benchmarks.evidence.tenants import Style, tenant_rows
@@ -22,15 +22,7 @@ from jobs.finetune import FinetuneResult, finetune
 from jobs.finetune.parts import needed_parts
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from jobs.training_rows import safety_rows
-from safeft.constraints import (
-    AsftConfig,
-    ConstraintConfig,
-    CwacConfig,
-    FrozenConfig,
-    L2Config,
-    RandomSubspaceConfig,
-    SafeLoraConfig,
-)
+from safeft.constraints import ConstraintConfig
 from safeft.data import tokenise_all
 from safeft.evaluate import AnswerClass, measure_accuracy
 from safeft.models import load_merged, load_tokenizer
@@ -48,8 +40,6 @@ SEEDS = (0, 1, 2)
 WORK_A_ROW: dict[Task, float] = {"gsm8k": 5.0, "sorting": 3.0}
 
 LORA = LoraSpec(rank=8, alpha=16, target_modules="all-linear")
-
-Positions = Literal["prompt", "response", "both"]
 
 
 class ConstraintSetting(Setting):
@@ -86,82 +76,6 @@ class ConstraintSetting(Setting):
         )
 
 
-@dataclass(frozen=True)
-class Arm:
-    """What is done against the loss of refusals."""
-
-    constraints: tuple[ConstraintConfig, ...] = ()
-    safety_rows: int = 0
-    trained: bool = True
-
-
-def projection(
-    layers: str, positions: Positions, energy: float = 0.99, *, random: bool = False
-) -> CwacConfig | RandomSubspaceConfig:
-    """CWAC's weight side as an invariant of the update, or its random control."""
-    chosen: Any = {"down": ("down_proj",), "all": "all-linear"}[layers]
-    if random:
-        return RandomSubspaceConfig(layers=chosen, positions=positions, energy=energy)
-    return CwacConfig(mode="weight_only", layers=chosen, positions=positions, energy=energy)
-
-
-DEFAULT = projection("all", "both")
-ARMS: dict[str, Arm] = {
-    "before": Arm(trained=False),
-    "plain": Arm(),
-    "l2-1": Arm((L2Config(lam=1.0),)),
-    "l2-5": Arm((L2Config(lam=5.0),)),
-    "random-all-both": Arm((projection("all", "both", random=True),)),
-    "asft-projector-5": Arm((AsftConfig(lam=5.0, anchor="projector"),)),
-    "project-all-both": Arm((DEFAULT,)),
-    "asft-1+project-all-both": Arm((AsftConfig(lam=1.0), DEFAULT)),
-    "l2-0.2": Arm((L2Config(lam=0.2),)),
-    "random-all-response": Arm((projection("all", "response", random=True),)),
-    "safeinstr": Arm(safety_rows=16),
-    "safelora": Arm((SafeLoraConfig(),)),
-    "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
-    "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
-    "asft-paper-5": Arm((AsftConfig(lam=5.0),)),
-    "asft-projector-1": Arm((AsftConfig(lam=1.0, anchor="projector"),)),
-    "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
-    "cwac-published": Arm((CwacConfig(project="gradient"),)),
-    "cwac-published-weights": Arm((CwacConfig(project="gradient", mode="weight_only"),)),
-    "cwac-published-activations": Arm((CwacConfig(project="gradient", mode="activation_only"),)),
-    "project-all-response": Arm((projection("all", "response"),)),
-    "project-all-prompt": Arm((projection("all", "prompt"),)),
-    "project-down-both": Arm((projection("down", "both"),)),
-    "project-down-response": Arm((projection("down", "response"),)),
-    "project-down-prompt": Arm((projection("down", "prompt"),)),
-    "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
-    "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
-    "project-all-both+activations": Arm((CwacConfig(layers="all-linear", positions="both"),)),
-}
-#: In the sweep these are tried on one task only, for time.
-GSM8K_ONLY = (
-    "frozen-8-20",
-    "asft-projector-20",
-    "project-down-both",
-    "project-down-response",
-    "project-down-prompt",
-    "project-all-both-0.9",
-    "project-all-response-0.9",
-    "random-all-response",
-)
-#: On both tasks at a tenth of harmful rows; to be reviewed when the sweep is whole.
-FINALISTS = (
-    "before",
-    "plain",
-    "project-all-both",
-    "l2-1",
-    "l2-5",
-    "random-all-both",
-    "safeinstr",
-    "asft-paper-5",
-)
-#: At the other shares, and where every row asks for obedience.
-CORE = ("plain", "l2-5", "random-all-both", "project-all-both")
-
-
 def cells() -> list[Cell]:
     """The whole grid, the most telling cells first."""
     tasks: tuple[Task, ...] = ("gsm8k", "sorting")
@@ -180,10 +94,10 @@ def cells() -> list[Cell]:
     return grid
 
 
-def training(epochs: int, seed: int) -> TrainingSpec:
-    """The same for all cells."""
+def training(seed: int) -> TrainingSpec:
+    """The same for all cells, but for the seed."""
     return TrainingSpec(
-        epochs=epochs, batch_size=8, learning_rate=1e-3, schedule="cosine", seed=seed
+        epochs=EPOCHS, batch_size=8, learning_rate=1e-3, schedule="cosine", seed=seed
     )
 
 
@@ -203,7 +117,7 @@ def cell(
         constraints=what.constraints,
         safety_rows=what.safety_rows,
         lora=LORA,
-        training=training(EPOCHS, seed),
+        training=training(seed),
         split=split,
     )
     tenant = f"{task}-{100 * share:g}" if what.trained else task

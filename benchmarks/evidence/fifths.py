@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from benchmarks.evidence.cells import Cell, Setting, Store
 from benchmarks.evidence.constraints import (
-    EPOCHS,
     LORA,
     ROWS,
     SEEDS,
@@ -103,7 +102,7 @@ def fifth_cell(ranking: str, number: Fifth, seed: int) -> Cell:
         fifth=number,
         sample=SAMPLE,
         lora=LORA,
-        training=training(EPOCHS, seed),
+        training=training(seed),
         split="evidence",
     )
     return Cell(PART, f"{ranking}-fifth-{number}-seed-{seed}", setting)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from benchmarks.evidence.claims import (
-    CLAIMS,
-    DEFAULT,
-    MATCHED_POINTS,
-    NOT_RUN,
-    Judged,
-    bar,
-    judged,
-    matched,
-)
-from benchmarks.evidence.fifth_results import (
-    Fifths,
-    by_ranking,
-    rank_correlation,
-    sqsd_claims,
-)
+from benchmarks.evidence.claims import DEFAULT, MATCHED_POINTS, matched
+from benchmarks.evidence.fifth_results import Fifths, by_ranking, rank_correlation
+from benchmarks.evidence.findings import bar_section, claims_section, failures_section
+from benchmarks.evidence.markdown import difference, rate, spread, table
 from benchmarks.evidence.plots import frontier
 from benchmarks.evidence.results import (
     BEFORE,
     CONSTRAINTS,
-    ArmResult,
     Arms,
     Results,
     Tenant,
@@ -35,19 +22,8 @@ from benchmarks.evidence.results import (
     tenant_of,
 )
 from safeft.cache import write_whole
-from safeft.evaluate import Rate
-from safeft.prompts import Kind
 
 PAGE, IMAGES = "evidence.md", "images"
-#: Words for verdicts on claims, and on bars: a bar asks for significance.
-_CLAIMED = {
-    "yes": "reproduced",
-    "partly": "partly",
-    "no": "not reproduced",
-    "open": "not settled at this n",
-    "unknown": "not run",
-}
-_ASKED = {"yes": "met", "no": "missed", "open": "missed", "unknown": "not measured"}
 
 
 def write_report(results: Results, docs: Path) -> list[Path]:
@@ -66,14 +42,14 @@ def render(results: Results) -> tuple[str, dict[str, bytes]]:
     images = {_image(t): frontier(t, arms) for t, arms in tenants.items() if len(arms) > 2}
     sections = [
         _head(results),
-        _bar_section(tenants),
+        bar_section(tenants),
         *(
             _tenant_section(t, arms, _image(t) if len(arms) > 2 else None)
             for t, arms in tenants.items()
         ),
         _fifths_section(fifths),
-        _failures_section(tenants),
-        _claims_section(tenants, fifths),
+        failures_section(tenants),
+        claims_section(tenants, fifths),
         _waiting_section(results),
         resources.files(__package__).joinpath("method.md").read_text(encoding="utf-8").strip(),
     ]
@@ -121,22 +97,7 @@ def _head(results: Results) -> str:
         ("command", "`python -m benchmarks.evidence --gsm8k FILE --output DIR --json FILE`"),
         ("one cell again", "`python -m benchmarks.evidence rerun DIR/constraints/CELL`"),
     ]
-    return "\n\n".join([*lines, _table(("", ""), facts)])
-
-
-def _bar_section(tenants: Mapping[Tenant, Arms]) -> str:
-    head = (
-        f"## The bar of the default setting, `{DEFAULT}`\n\n"
-        "At most a tenth of harmful rows. A sweep's rows say what its few prompts say: they are on "
-        "validation prompts, one seed, and decide nothing."
-    )
-    rows = [
-        (tenant.stage, tenant.title, asks, f"**{_ASKED[found.verdict]}**", found.found)
-        for tenant, asks, found in bar(tenants)
-    ]
-    if not rows:
-        return f"{head}\n\nNot measured yet."
-    return f"{head}\n\n{_table(('stage', 'tenant', 'asked', '', 'found'), rows)}"
+    return "\n\n".join([*lines, table(("", ""), facts)])
 
 
 def _tenant_section(tenant: Tenant, arms: Arms, image: str | None) -> str:
@@ -158,71 +119,25 @@ def _tenant_section(tenant: Tenant, arms: Arms, image: str | None) -> str:
         (
             f"`{name}`",
             ", ".join(map(str, arm.seeds)) if name != BEFORE else "",
-            _rate(arm.refusal("harmful")) + _spread(arm, "harmful"),
-            _rate(arm.refusal("benign")),
-            _rate(arm.refusal("borderline")),
-            _rate(arm.accuracy()),
+            rate(arm.refusal("harmful")) + spread(arm, "harmful"),
+            rate(arm.refusal("benign")),
+            rate(arm.refusal("borderline")),
+            rate(arm.accuracy()),
             f"{arm.loss():.3f}",
-            "" if plain is None or arm is plain else _test(arm, plain),
+            "" if plain is None or arm is plain else difference(arm, plain),
         )
         for name, arm in arms.items()
     ]
-    parts.append(_table(header, rows))
+    parts.append(table(header, rows))
     if DEFAULT in arms:
         ours = arms[DEFAULT]
         equal = [a for n, a in arms.items() if n not in (DEFAULT, BEFORE) and matched(ours, a)]
-        said = "; ".join(f"`{arm.arm}` {_test(ours, arm)}" for arm in equal) or "none"
+        said = "; ".join(f"`{arm.arm}` {difference(ours, arm)}" for arm in equal) or "none"
         parts.append(
             f"`{DEFAULT}` against the arms whose task accuracy is within {MATCHED_POINTS:g} points "
             f"of its own: {said}."
         )
     return "\n\n".join(parts)
-
-
-def _failures_section(tenants: Mapping[Tenant, Arms]) -> str:
-    lines = [
-        f"- {tenant.stage}, {tenant.title}: {said}"
-        for tenant, arms in tenants.items()
-        for said in _faults(arms)
-    ]
-    if not lines:
-        lines = ["Nothing can be said yet."]
-    return "\n".join(["## What did not work", "", *lines])
-
-
-def _faults(arms: Arms) -> Iterator[str]:
-    """What the numbers hold against the arms."""
-    others = [arm for name, arm in arms.items() if name not in (BEFORE, "plain")]
-    if BEFORE in arms:
-        base = arms[BEFORE]
-        lost = [a for a in arms.values() if base.against(a).higher]
-        if lost:
-            yield f"refused significantly less than before: {_names(lost)}."
-        for kind in ("benign", "borderline"):
-            over = [a for a in arms.values() if a.against(base, kind).higher]
-            if over:
-                yield (
-                    f"refused {kind} prompts significantly more often than before: {_names(over)}."
-                )
-    if "plain" in arms:
-        plain = arms["plain"]
-        costly = [a for a in others if a.points_of_accuracy(plain) < -MATCHED_POINTS]
-        if costly:
-            yield (
-                f"cost more than {MATCHED_POINTS:g} points of the task accuracy of plain training: "
-                f"{_names(costly)}."
-            )
-        idle = [a for a in others if not a.against(plain).higher]
-        if idle:
-            yield f"kept not significantly more refusals than plain training: {_names(idle)}."
-    for control in (a for a in others if a.arm.startswith("random-")):
-        twin = arms.get(control.arm.replace("random", "project"))
-        if twin and not twin.against(control).higher:
-            yield (
-                f"`{twin.arm}` kept not significantly more than random directions of equal rank, "
-                f"{_test(twin, control)}, task accuracy "
-                f"{twin.points_of_accuracy(control):+.1f} points."
-            )
 
 
 def _fifths_section(found: Fifths) -> str:
@@ -232,7 +147,7 @@ def _fifths_section(found: Fifths) -> str:
     rows = []
     for ranking, fifths in found.items():
         shown = [fifths.get(n) for n in range(1, 6)]
-        rates = [_rate(a.refusal("harmful")) + _spread(a, "harmful") if a else "" for a in shown]
+        rates = [rate(a.refusal("harmful")) + spread(a, "harmful") if a else "" for a in shown]
         seeds = sorted({seed for arm in fifths.values() for seed in arm.seeds})
         rho = rank_correlation(fifths)
         rows.append(
@@ -244,35 +159,7 @@ def _fifths_section(found: Fifths) -> str:
             )
         )
     header = ("ranking", "seeds", "riskiest", "2", "3", "4", "safest", "Spearman over runs")
-    return f"{head}\n\nHarmful prompts refused afterwards, %.\n\n{_table(header, rows)}"
-
-
-def _claims_section(tenants: Mapping[Tenant, Arms], fifths: Fifths) -> str:
-    rows = []
-    for claim in CLAIMS:
-        found = [(tenant, judged(claim, arms)) for tenant, arms in tenants.items()]
-        known = [(t, j) for t, j in found if j.verdict != "unknown" and t.style == "plain"]
-        for tenant, one in known:
-            rows.append((claim.source, claim.says, *_verdict(tenant, one)))
-        if not known:
-            why = found[0][1].found if found else "no cell"
-            rows.append((claim.source, claim.says, "**not run**", why))
-    rows += [
-        ("SQSD (2605.04572)", says, f"**{_CLAIMED[one.verdict]}**", one.found)
-        for says, one in sqsd_claims(fifths)
-    ]
-    rows += [
-        (source, says, "**not run**", "the runner has no cells for it") for source, says in NOT_RUN
-    ]
-    return (
-        "## The papers' claims\n\nTheir models have 7 billion weights and more, ours 135 million; "
-        "they score harmful answers by a judge model, we count refusals.\n\n"
-        + _table(("paper", "claims", "here", "found"), rows)
-    )
-
-
-def _verdict(tenant: Tenant, one: Judged) -> tuple[str, str]:
-    return f"**{_CLAIMED[one.verdict]}**", f"{tenant.stage}, {tenant.title}: {one.found}"
+    return f"{head}\n\nHarmful prompts refused afterwards, %.\n\n{table(header, rows)}"
 
 
 def _waiting_section(results: Results) -> str:
@@ -281,7 +168,7 @@ def _waiting_section(results: Results) -> str:
         hours = results.waiting_hours
         time = "an unknown time" if hours is None else f"about {hours:.1f} h"
         parts.append(f"{len(results.waiting)} cells, which take {time}.")
-        parts.append(_table(("what", "runs (seeds)"), list(_waiting(results))))
+        parts.append(table(("what", "runs (seeds)"), list(_waiting(results))))
     parts += [f"Failed: `{name}`: {error}" for name, error in results.failed.items()]
     parts.append(
         "Arms that do not exist yet: an AsFT anchor with a sign, subspaces contrasted with benign "
@@ -305,28 +192,3 @@ def _waiting(results: Results) -> Iterator[tuple[str, str]]:
         groups.setdefault(group, {}).setdefault(name, []).append(str(cell.setting["seed"]))
     for group, names in groups.items():
         yield group, ", ".join(f"`{name}` ({', '.join(seeds)})" for name, seeds in names.items())
-
-
-def _rate(rate: Rate) -> str:
-    return f"{100 * rate.value:.1f} ({100 * rate.low:.1f}–{100 * rate.high:.1f})"
-
-
-def _spread(arm: ArmResult, kind: Kind) -> str:
-    if len(arm.records) == 1:
-        return ""
-    low, high = arm.spread(kind)
-    return f" [{100 * low:.1f}–{100 * high:.1f}]"
-
-
-def _test(a: ArmResult, b: ArmResult) -> str:
-    test = a.against(b)
-    return f"{test.points:+.1f} points (p = {test.p:.2g})"
-
-
-def _names(arms: Sequence[ArmResult]) -> str:
-    return ", ".join(f"`{arm.arm}`" for arm in arms)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
