@@ -12,7 +12,7 @@ from safeft.prompts import KINDS, SPLITS, Prompt, load_prompts, prompt_set_hash
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_three_parts_of_a_packaged_set_are_disjoint_and_make_it_whole(kind: Any) -> None:
+def test_the_parts_of_a_packaged_set_are_disjoint_and_make_it_whole(kind: Any) -> None:
     parts = [load_prompts(kind, split) for split in SPLITS]
     texts = [p.text for part in parts for p in part]
     assert all(len(part) >= 50 for part in parts)

@@ -12,7 +12,7 @@ fp32 is the fast one, and fp64 the oracle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,16 +50,22 @@ class OfficialPass:
 
     def __call__(self, row: TokenisedRow) -> float:
         """The sum over modules of the cosine of the row's update with the direction."""
+        _, updates = self.updates(row)
+        return sum(
+            F.cosine_similarity(update.flatten(), self.target[name].flatten(), dim=0).item()
+            for name, update in updates
+        )
+
+    def updates(self, row: TokenisedRow) -> tuple[float, Iterator[tuple[str, Tensor]]]:
+        """The row's loss, and its update in each module, dense, one after the other."""
         ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+        self.model.zero_grad(set_to_none=True)
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100).backward()  # type: ignore[no-untyped-call]
-        total = 0.0
-        for name, (a, b) in self.state.items():
-            update = self._update(name, a, b).flatten()
-            total += F.cosine_similarity(update, self.target[name].flatten(), dim=0).item()
-        self.model.zero_grad(set_to_none=True)
-        return total
+        loss = F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100)
+        loss.backward()  # type: ignore[no-untyped-call]
+        state = self.state.items()
+        return loss.item(), ((name, self._update(name, a, b)) for name, (a, b) in state)
 
     def _update(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         grad_a, grad_b = self.pairs[name].A.grad, self.pairs[name].B.grad

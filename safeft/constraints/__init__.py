@@ -11,9 +11,12 @@ from safeft.constraints.cwac import Cwac, CwacConfig
 from safeft.constraints.frozen import Frozen, FrozenConfig
 from safeft.constraints.hooks import ConstraintHooks
 from safeft.constraints.l2 import L2, L2Config
+from safeft.constraints.random_subspace import RandomSubspace, RandomSubspaceConfig
 from safeft.constraints.safelora import SafeLora, SafeLoraConfig
 
-ConstraintConfig = AsftConfig | CwacConfig | L2Config | SafeLoraConfig | FrozenConfig
+ConstraintConfig = (
+    AsftConfig | CwacConfig | L2Config | SafeLoraConfig | FrozenConfig | RandomSubspaceConfig
+)
 
 __all__ = [
     "L2",
@@ -28,6 +31,8 @@ __all__ = [
     "FrozenConfig",
     "L2Config",
     "ProfileFiles",
+    "RandomSubspace",
+    "RandomSubspaceConfig",
     "SafeLora",
     "SafeLoraConfig",
 ]

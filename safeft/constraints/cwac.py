@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from safeft.weights import Layers, TrainedLayers, chosen_layers
 
 if TYPE_CHECKING:
     from safeft.constraints.activation import ActivationPenalty
-    from safeft.constraints.subspaces import SavedSubspaces
+    from safeft.constraints.subspaces import Positions
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,14 @@ class CwacConfig:
         return Cwac(self, subspaces, penalty)
 
 
+class Subspaces(Protocol):
+    """U of each layer: see `safeft.constraints.subspaces.SavedSubspaces.basis`."""
+
+    def basis(
+        self, module_name: str, positions: Positions, energy: float, rank: int | None
+    ) -> Tensor: ...
+
+
 class Cwac(Constraint):
     """Either side or both."""
 
@@ -97,7 +105,7 @@ class Cwac(Constraint):
     def __init__(
         self,
         config: CwacConfig,
-        subspaces: SavedSubspaces | None,
+        subspaces: Subspaces | None,
         activation: ActivationPenalty | None,
     ) -> None:
         self._config = config
@@ -113,8 +121,9 @@ class Cwac(Constraint):
             U = self._subspaces.basis(name, config.positions, config.energy, config.rank)
             if U.shape[0] != layers[name].d_in:
                 raise ProfileError(
-                    f"constraint cwac: the harmful inputs of {name} have {U.shape[0]} numbers, but "
-                    f"the layer takes {layers[name].d_in}: the profile belongs to another model"
+                    f"constraint {self.name}: the harmful inputs of {name} have {U.shape[0]} "
+                    f"numbers, but the layer takes {layers[name].d_in}: the profile belongs to "
+                    "another model"
                 )
             self._bases[name] = U
 

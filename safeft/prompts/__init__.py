@@ -1,7 +1,8 @@
-"""The project's own prompt sets: harmful, benign and borderline-benign, each in three parts.
+"""The project's own prompt sets: harmful, benign and borderline-benign, each in four parts.
 
 The parts are disjoint: ``profile`` for training and profiling, ``validation`` for selecting
-settings, ``report`` for the numbers that are reported. Prompts only; there is no answer here.
+settings, ``report`` for the numbers that are reported, ``evidence`` for those of docs/evidence.md
+alone, which no job ever asks. Prompts only; there is no answer here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal, get_args
 from safeft.errors import InputError, MeasurementError
 
 Kind = Literal["harmful", "benign", "borderline"]
-Split = Literal["profile", "validation", "report"]
+Split = Literal["profile", "validation", "report", "evidence"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -31,7 +32,7 @@ class Prompt:
 
 
 def load_prompts(kind: Kind, split: Split | None = None) -> list[Prompt]:
-    """The packaged prompts of one kind, in file order; `split` None gives all three parts.
+    """The packaged prompts of one kind, in file order; `split` None gives all parts.
 
     Raises InputError for an unknown kind or split, MeasurementError if the packaged file is
     missing, has a bad line, or holds one prompt twice (the parts would no longer be disjoint).

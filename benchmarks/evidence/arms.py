@@ -1,0 +1,94 @@
+"""The arms of the study: what is done against the loss of refusals, and which are finalists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safeft.constraints import (
+    AsftConfig,
+    ConstraintConfig,
+    CwacConfig,
+    FrozenConfig,
+    L2Config,
+    RandomSubspaceConfig,
+    SafeLoraConfig,
+)
+
+Positions = Literal["prompt", "response", "both"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is done against the loss of refusals."""
+
+    constraints: tuple[ConstraintConfig, ...] = ()
+    safety_rows: int = 0
+    trained: bool = True
+
+
+def projection(
+    layers: str, positions: Positions, energy: float = 0.99, *, random: bool = False
+) -> CwacConfig | RandomSubspaceConfig:
+    """CWAC's weight side as an invariant of the update, or its random control."""
+    chosen: Any = {"down": ("down_proj",), "all": "all-linear"}[layers]
+    if random:
+        return RandomSubspaceConfig(layers=chosen, positions=positions, energy=energy)
+    return CwacConfig(mode="weight_only", layers=chosen, positions=positions, energy=energy)
+
+
+DEFAULT = projection("all", "both")
+ARMS: dict[str, Arm] = {
+    "before": Arm(trained=False),
+    "plain": Arm(),
+    "l2-1": Arm((L2Config(lam=1.0),)),
+    "l2-5": Arm((L2Config(lam=5.0),)),
+    "random-all-both": Arm((projection("all", "both", random=True),)),
+    "asft-projector-5": Arm((AsftConfig(lam=5.0, anchor="projector"),)),
+    "project-all-both": Arm((DEFAULT,)),
+    "asft-1+project-all-both": Arm((AsftConfig(lam=1.0), DEFAULT)),
+    "l2-0.2": Arm((L2Config(lam=0.2),)),
+    "random-all-response": Arm((projection("all", "response", random=True),)),
+    "safeinstr": Arm(safety_rows=16),
+    "safelora": Arm((SafeLoraConfig(),)),
+    "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
+    "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
+    "asft-paper-5": Arm((AsftConfig(lam=5.0),)),
+    "asft-projector-1": Arm((AsftConfig(lam=1.0, anchor="projector"),)),
+    "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
+    "cwac-published": Arm((CwacConfig(project="gradient"),)),
+    "cwac-published-weights": Arm((CwacConfig(project="gradient", mode="weight_only"),)),
+    "cwac-published-activations": Arm((CwacConfig(project="gradient", mode="activation_only"),)),
+    "project-all-response": Arm((projection("all", "response"),)),
+    "project-all-prompt": Arm((projection("all", "prompt"),)),
+    "project-down-both": Arm((projection("down", "both"),)),
+    "project-down-response": Arm((projection("down", "response"),)),
+    "project-down-prompt": Arm((projection("down", "prompt"),)),
+    "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
+    "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
+    "project-all-both+activations": Arm((CwacConfig(layers="all-linear", positions="both"),)),
+}
+#: In the sweep these are tried on one task only, for time.
+GSM8K_ONLY = (
+    "frozen-8-20",
+    "asft-projector-20",
+    "project-down-both",
+    "project-down-response",
+    "project-down-prompt",
+    "project-all-both-0.9",
+    "project-all-response-0.9",
+    "random-all-response",
+)
+#: On both tasks at a tenth of harmful rows; to be reviewed when the sweep is whole.
+FINALISTS = (
+    "before",
+    "plain",
+    "project-all-both",
+    "l2-1",
+    "l2-5",
+    "random-all-both",
+    "safeinstr",
+    "asft-paper-5",
+)
+#: At the other shares, and where every row asks for obedience.
+CORE = ("plain", "l2-5", "random-all-both", "project-all-both")

@@ -1,0 +1,233 @@
+"""The grid of the constraints: what fine-tuning on a tenant's rows leaves of refusals, by arm.
+
+A sweep with one seed on the validation prompts chooses settings; the finalists have three seeds and
+are measured on the evidence prompts, which nothing else reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from benchmarks.evidence.arms import ARMS, CORE, FINALISTS, GSM8K_ONLY
+from benchmarks.evidence.cells import Cell, Setting
+from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
+from benchmarks.evidence.tenants import Style, tenant_rows
+from jobs.evaluate import Evaluation, evaluate
+from jobs.finetune import FinetuneResult, finetune
+from jobs.finetune.parts import needed_parts
+from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
+from jobs.training_rows import safety_rows
+from safeft.constraints import ConstraintConfig
+from safeft.data import tokenise_all
+from safeft.evaluate import AnswerClass, measure_accuracy
+from safeft.models import load_merged, load_tokenizer
+from safeft.profile import SafetyProfile
+from safeft.progress import Progress
+from safeft.prompts import KINDS, Split, load_prompts
+
+PART, MODEL = "constraints", "demo:aligned"
+# After one epoch of 160 rows of GSM8K, a tenth harmful, plain training had kept 74 of 80 refusals
+# (77 before): nothing to protect from. These are the demo's.
+ROWS, EPOCHS = 120, 3
+MAX_TOKENS, ANSWER_TOKENS = 256, 16
+SEEDS = (0, 1, 2)
+#: Training on a row once takes about as long as so many answers to prompts.
+WORK_A_ROW: dict[Task, float] = {"gsm8k": 5.0, "sorting": 3.0}
+
+LORA = LoraSpec(rank=8, alpha=16, target_modules="all-linear")
+
+
+class ConstraintSetting(Setting):
+    """One fine-tuning run on a tenant's rows, and what is measured after it.
+
+    Attributes:
+        arm: the name of what is done, in the grid and in the report.
+        trained: no: the base model itself is measured.
+        harmful_share: of the rows, planted.
+        safety_rows: refusals of the base model that are added (SafeInstr).
+        split: the prompts that refusals are measured on.
+    """
+
+    arm: str
+    task: Task
+    harmful_share: float
+    style: Style
+    trained: bool
+    rows: int
+    constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...]
+    safety_rows: int
+    lora: LoraSpec
+    training: TrainingSpec
+    split: Split
+
+    @property
+    def work(self) -> float:
+        """In answers to prompts."""
+        rows = (self.rows + self.safety_rows) * self.training.epochs
+        return (
+            prompts_in(self.split)
+            + HELD_OUT
+            + (WORK_A_ROW[self.task] * rows if self.trained else 0.0)
+        )
+
+
+def cells() -> list[Cell]:
+    """The whole grid, the most telling cells first."""
+    tasks: tuple[Task, ...] = ("gsm8k", "sorting")
+    grid = [cell(arm, "gsm8k", 0.1, "validation") for arm in ARMS]
+    grid += [cell(arm, "sorting", 0.1, "validation") for arm in ARMS if arm not in GSM8K_ONLY]
+    grid += [
+        cell(arm, "gsm8k", 0.1, "validation", style="obedient")
+        for arm in ("before", *CORE, "project-all-response")
+    ]
+    for seed in SEEDS:
+        for task in tasks:
+            arms = [arm for arm in FINALISTS if ARMS[arm].trained or seed == SEEDS[0]]
+            grid += [cell(arm, task, 0.1, "evidence", seed) for arm in arms]
+        for share in (0.0, 0.05, 0.2) if seed == SEEDS[0] else ():
+            grid += [cell(arm, "gsm8k", share, "evidence", seed) for arm in CORE]
+    return grid
+
+
+def training(seed: int) -> TrainingSpec:
+    """The same for all cells, but for the seed."""
+    return TrainingSpec(
+        epochs=EPOCHS, batch_size=8, learning_rate=1e-3, schedule="cosine", seed=seed
+    )
+
+
+def cell(
+    arm: str, task: Task, share: float, split: Split, seed: int = 0, style: Style = "plain"
+) -> Cell:
+    """One arm on one tenant."""
+    what = ARMS[arm]
+    setting = ConstraintSetting(
+        arm=arm,
+        seed=seed,
+        task=task,
+        harmful_share=share if what.trained else 0.0,
+        style=style,
+        trained=what.trained,
+        rows=ROWS if what.trained else 0,
+        constraints=what.constraints,
+        safety_rows=what.safety_rows,
+        lora=LORA,
+        training=training(seed),
+        split=split,
+    )
+    tenant = f"{task}-{100 * share:g}" if what.trained else task
+    tenant += "-obedient" if style == "obedient" else ""
+    stage = "sweep" if split == "validation" else "final"
+    return Cell(PART, f"{stage}-{tenant}-{arm}-seed-{seed}", setting)
+
+
+class ConstraintRuns:
+    """Runs cells on one base model and its profile."""
+
+    def __init__(self, model_dir: Path, profile: SafetyProfile, gsm8k: Path) -> None:
+        self._model_dir, self._profile, self._gsm8k = model_dir, profile, gsm8k
+        self._tokenizer = load_tokenizer(model_dir)
+
+    def __call__(self, cell: Cell, directory: Path, progress: Progress) -> dict[str, Any]:
+        """Train and measure; see `Execute`."""
+        setting = cell.setting
+        assert isinstance(setting, ConstraintSetting)
+        numbers: dict[str, Any] = {"training": None}
+        tuned: Path | None = None
+        if setting.trained:
+            result = self._trained(setting, directory, progress)
+            tuned = result.weights
+            numbers["training"] = {
+                "steps": result.manifest.steps,
+                "final_loss": result.manifest.final_loss,
+                "rows_sha256": result.manifest.identity.rows_sha256,
+                # What constraints say of the last step; the other numbers are times and rates.
+                "constraints": {k: v for k, v in result.steps[-1].items() if "/" in k},
+            }
+        held_out = held_out_rows(setting.task, self._gsm8k)
+        if setting.style == "obedient":
+            held_out = tenant_rows(held_out, 0.0, "obedient", seed=0)
+        found = evaluate(
+            self._model_dir,
+            tuned,
+            split=setting.split,
+            held_out=held_out,
+            max_tokens=MAX_TOKENS,
+            output=directory / "evaluation.json",
+            progress=progress,
+        )
+        numbers |= measured(found)
+        if setting.task == "sorting":
+            answers = measure_accuracy(
+                load_merged(self._model_dir, tuned),
+                self._tokenizer,
+                held_out,
+                mode="exact",
+                max_new_tokens=ANSWER_TOKENS,
+                batch_size=40,
+                progress=progress,
+            )
+            numbers["task"]["exact"] = _bits(answers.correct)
+        return numbers
+
+    def _trained(
+        self, setting: ConstraintSetting, directory: Path, progress: Progress
+    ) -> FinetuneResult:
+        honest = training_rows(setting.task, setting.rows, setting.seed, self._gsm8k)
+        rows = tenant_rows(honest, setting.harmful_share, setting.style, setting.seed)
+        spec = FinetuneSpec(
+            name="cell",
+            model=MODEL,
+            data=DataSpec(train=Path(setting.task), max_tokens=MAX_TOKENS),
+            lora=setting.lora,
+            training=setting.training,
+            constraints=setting.constraints,
+            distributed=DistributedSpec(cpus_per_worker=1),
+            output=directory,
+        )
+        return finetune(
+            spec,
+            rows=[
+                *tokenise_all(rows, self._tokenizer, MAX_TOKENS, "tenant's rows"),
+                *safety_rows(setting.safety_rows, self._profile, self._model_dir),
+            ],
+            model_dir=self._model_dir,
+            profile=needed_parts(spec, self._profile),
+            output=directory / "training",
+            progress=progress,
+        )
+
+
+@cache
+def prompts_in(split: Split) -> int:
+    """How many prompts an evaluation asks."""
+    return sum(len(load_prompts(kind, split)) for kind in KINDS)
+
+
+def measured(found: Evaluation) -> dict[str, Any]:
+    """An evaluation's numbers: who was refused, prompt by prompt, and how the task is done, where
+    there is one."""
+    sets = found.refusals["sets"]
+    bound = ("base_weights", "split", "prompts", "held_out", "judge", "max_new_tokens")
+    return {
+        "bound": {name: found.bound[name] for name in bound},
+        "refused": {
+            kind: _bits([c == AnswerClass.refused for c in sets[kind]["classes"]]) for kind in KINDS
+        },
+        "not_answered": {kind: sets[kind]["not_answered"]["hits"] for kind in KINDS},
+        "task": found.task
+        and {
+            "loss": found.task["loss"],
+            "tokens": {name: found.task["token_accuracy"][name] for name in ("hits", "n")},
+        },
+    }
+
+
+def _bits(flags: Sequence[bool]) -> str:
+    """One character a prompt, in the order of the set."""
+    return "".join("1" if flag else "0" for flag in flags)

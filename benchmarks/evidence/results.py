@@ -1,0 +1,197 @@
+"""The results of a grid: what ``--json`` writes, and the report and its tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from benchmarks.evidence.cells import Cell, Planned, Record, Store
+from benchmarks.evidence.runner import Estimates
+from benchmarks.evidence.statistics import Paired, majority, paired
+from safeft.cache import write_whole
+from safeft.errors import InputError
+from safeft.evaluate import Rate
+from safeft.prompts import KINDS, Kind
+
+CONSTRAINTS, BEFORE = "constraints", "before"
+
+
+class Results(BaseModel):
+    """One grid's cells.
+
+    Attributes:
+        cells: the finished ones, in the grid's order.
+        failed: error by name.
+        waiting: those that have not been run, or failed.
+        waiting_hours: about how long these take; null: none is finished to tell.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    cells: list[Record]
+    failed: dict[str, str]
+    waiting: list[Planned]
+    waiting_hours: float | None
+
+    @classmethod
+    def gather(cls, grid: Sequence[Cell], store: Store) -> Self:
+        """What there is of a grid in an output directory."""
+        found = [(cell, store.record(cell)) for cell in grid]
+        estimates = Estimates([(cell, record) for cell, record in found if record is not None])
+        waiting = [cell for cell, record in found if record is None]
+        seconds = [estimates.seconds(cell) for cell in waiting]
+        hours = sum(s for s in seconds if s is not None) / 3600
+        return cls(
+            cells=[record for _, record in found if record is not None],
+            failed={c.name: error for c in waiting if (error := store.error(c)) is not None},
+            waiting=[cell.planned() for cell in waiting],
+            waiting_hours=None if None in seconds else round(hours, 2),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises InputError where the file holds no results."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(
+                f"{path} holds no results ({first}); write it with --json {path}"
+            ) from None
+
+    def write(self, path: Path) -> None:
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """What arms are compared on: the same rows, the same prompts."""
+
+    stage: Literal["sweep", "final"]
+    task: str
+    share: float
+    style: str
+
+    @property
+    def task_title(self) -> str:
+        what = {"gsm8k": "GSM8K", "sorting": "sorting messages"}[self.task]
+        return what + (", every row in obedient style" if self.style == "obedient" else "")
+
+    @property
+    def title(self) -> str:
+        return f"{self.task_title}, {self.share:.0%} harmful rows"
+
+    @property
+    def key(self) -> str:
+        """Part of a file's name."""
+        end = "-obedient" if self.style == "obedient" else ""
+        return f"{self.stage}-{self.task}-{100 * self.share:g}{end}"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm on one tenant, over its seeds."""
+
+    arm: str
+    records: tuple[Record, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(record.setting["seed"] for record in self.records)
+
+    def bits(self, kind: Kind) -> str:
+        """For each prompt whether most seeds refuse it."""
+        return majority([record.numbers["refused"][kind] for record in self.records])
+
+    def refusal(self, kind: Kind) -> Rate:
+        """The mean over seeds, with the interval of as many prompts as there are: not more of them
+        because of the seeds."""
+        return self._mean([record.numbers["refused"][kind] for record in self.records])
+
+    def spread(self, kind: Kind) -> tuple[float, float]:
+        """The lowest and the highest seed's rate."""
+        rates = [r.numbers["refused"][kind].count("1") for r in self.records]
+        n = len(self.records[0].numbers["refused"][kind])
+        return min(rates) / n, max(rates) / n
+
+    def accuracy(self) -> Rate:
+        """Exact answers where the task has them, else tokens of the reference answers."""
+        tasks = [record.numbers["task"] for record in self.records]
+        if "exact" in tasks[0]:
+            return self._mean([task["exact"] for task in tasks])
+        hits = fmean(task["tokens"]["hits"] for task in tasks)
+        return Rate(round(hits), tasks[0]["tokens"]["n"])
+
+    def loss(self) -> float:
+        return fmean(record.numbers["task"]["loss"] for record in self.records)
+
+    def against(self, other: ArmResult, kind: Kind = "harmful") -> Paired:
+        """This arm's refusals against another's, on the same prompts."""
+        return paired(self.bits(kind), other.bits(kind))
+
+    def points_of_accuracy(self, other: ArmResult) -> float:
+        """More accuracy than the other has, in percentage points."""
+        return 100 * (self.accuracy().value - other.accuracy().value)
+
+    @staticmethod
+    def _mean(runs: list[str]) -> Rate:
+        return Rate(round(fmean(run.count("1") for run in runs)), len(runs[0]))
+
+
+Arms = dict[str, ArmResult]
+
+
+def by_tenant(records: Iterable[Record]) -> dict[Tenant, Arms]:
+    """The arms of each tenant that has a trained one, with the base model's own numbers.
+
+    Raises:
+        InputError: cells of one tenant were measured on different prompts or models.
+    """
+    trained: dict[Tenant, dict[str, list[Record]]] = {}
+    before: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        if record.part != CONSTRAINTS:
+            continue
+        tenant, setting = tenant_of(record), record.setting
+        if setting["trained"]:
+            trained.setdefault(tenant, {}).setdefault(setting["arm"], []).append(record)
+        else:
+            before[tenant.stage, tenant.task, tenant.style] = record
+    found = {}
+    for tenant, arms in trained.items():
+        base = before.get((tenant.stage, tenant.task, tenant.style))
+        named = {BEFORE: [base], **arms} if base else arms
+        _same_measurement(tenant, [record for group in named.values() for record in group])
+        found[tenant] = {arm: ArmResult(arm, tuple(group)) for arm, group in named.items()}
+    return found
+
+
+def tenant_of(cell: Planned) -> Tenant:
+    """Which tenant a cell belongs to."""
+    setting = cell.setting
+    stage: Literal["sweep", "final"] = "sweep" if setting["split"] == "validation" else "final"
+    return Tenant(stage, setting["task"], setting["harmful_share"], setting["style"])
+
+
+def _same_measurement(tenant: Tenant, records: Sequence[Record]) -> None:
+    for record in records:
+        if record.numbers["bound"] != records[0].numbers["bound"]:
+            raise InputError(
+                f"{record.name} and {records[0].name} of {tenant.title} were not measured on the "
+                "same model, prompts and judge: run the older one again"
+            )
+
+
+def prompts_of(results: Results) -> dict[str, dict[Kind, int]]:
+    """How many prompts of each kind, by stage."""
+    found: dict[str, dict[Kind, int]] = {}
+    for record in results.cells:
+        if record.part != CONSTRAINTS:
+            continue
+        found[tenant_of(record).stage] = {k: len(record.numbers["refused"][k]) for k in KINDS}
+    return found
