@@ -8,9 +8,10 @@ from fastapi import APIRouter
 from sqlalchemy import Select, select
 
 from cluster.api.auth import ModelsReader, ModelsWriter
-from cluster.api.errors import ApiError, not_found
+from cluster.api.errors import not_found
 from cluster.api.objects import model_object
 from cluster.api.services import With
+from cluster.api_errors import ApiError
 from cluster.artifacts.names import model_prefix
 from cluster.state import TenantSession
 from cluster.state.models import Job, PublishedModel

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster.api_errors import ApiError
 from cluster.exporter import EXPORTER as EXPORTER
 from cluster.exporter import NAMESPACE as NAMESPACE
 from cluster.exporter import Exporter, push_for_ever
@@ -28,7 +29,6 @@ from cluster.gate.policy import Policy
 from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
-from cluster.serving.api_errors import ApiError
 from cluster.serving.disk_cache import Artifacts
 from cluster.serving.front import require_front
 from cluster.serving.gateway import Gateway, GatewayConfig
