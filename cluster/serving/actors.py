@@ -30,13 +30,14 @@ from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
 from cluster.serving.disk_cache import Artifacts
+from cluster.serving.engine import EngineLimits
+from cluster.serving.engines import EngineName, build_engine
 from cluster.serving.front import require_front
 from cluster.serving.gateway import Gateway, GatewayConfig
 from cluster.serving.keeper import Keeper
-from cluster.serving.model_server import Call, ModelServer, Result, build_transformers
+from cluster.serving.model_server import Call, ModelServer, Result
 from cluster.serving.prober import Prober, ProberConfig, Questions
 from cluster.serving.registry import BaseModel, Published
-from cluster.serving.transformers_engine import EngineLimits
 from safeft.errors import ModelError
 
 KEEPER, PROBER = "safeft-keeper", "safeft-prober"
@@ -203,9 +204,17 @@ def model_server_class(max_adapters: int) -> Any:
     class ModelServerDeployment(ModelServer):
         """One base model with the adapters that are asked for."""
 
-        def __init__(self, base: str, limits: EngineLimits, artifacts: Artifacts | None) -> None:
+        def __init__(
+            self,
+            engine: EngineName,
+            base: str,
+            limits: EngineLimits,
+            artifacts: Artifacts | None,
+        ) -> None:
             adapters = RegisteredAdapters(artifacts)
-            super().__init__(lambda: build_transformers(base, adapters, limits), pushed("replica"))
+            super().__init__(
+                lambda: build_engine(engine, base, adapters, limits), pushed("replica")
+            )
 
         @serve.multiplexed(max_num_models_per_replica=max_adapters)  # type: ignore[untyped-decorator]
         async def known(self, weights: str) -> str:
