@@ -311,6 +311,7 @@ def measure(model_dir: Path, root: Path) -> dict[str, float]:
         port=free_port(),
         metrics_port=0,
         cpus=float(usable_cpus()),
+        timeout_s=_WAIT_S,
         limits=EngineLimits(max_batch=8, max_queue=QUEUE),
     )
     with embedded_ray(), running_pool(config) as pool:

@@ -25,6 +25,8 @@ from jobs.runtime import embedded_ray, usable_cpus
 from safeft.evaluate import AnswerClass
 
 BASE = "base"
+#: All answers are asked for at once: the last one waits for the others.
+TIMEOUT_S = 600.0
 
 
 class Rig:
@@ -132,6 +134,7 @@ def measure(model_dir: Path, root: Path, load: Load) -> dict[str, float]:
         port=free_port(),
         metrics_port=0,
         cpus=float(usable_cpus()),
+        timeout_s=TIMEOUT_S,
         limits=EngineLimits(max_batch=load.batch, max_queue=load.requests + 8),
     )
     numbers = {}
@@ -180,7 +183,7 @@ def _cost_of_probes(
 
 def _client(connections: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.AsyncClient(timeout=600, limits=limits, trust_env=False)
+    return httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
 
 def _turn(text: str) -> dict[str, str]:
