@@ -39,7 +39,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(what: Callable[[], bool], within_s: float = 60.0) -> None:
+def eventually(what: Callable[[], bool], within_s: float = 180.0) -> None:
     """Fail unless `what` becomes true; what a part says that restarts counts as not yet."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
