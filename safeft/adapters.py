@@ -104,20 +104,20 @@ def factors_of(model: Any) -> LoraFactors:
     return LoraFactors(scales.pop(), factors)
 
 
-def stacked(first: LoraFactors, second: LoraFactors) -> LoraFactors:
-    """One adapter whose update is the sum of both: factors side by side, scales multiplied into B.
+def stacked(*parts: LoraFactors) -> LoraFactors:
+    """One adapter whose update is the sum of all: factors side by side, scales multiplied into B.
 
     All modules get one rank, the sum of the largest of each; where an adapter leaves a module
     alone, or has fewer, there are zeros.
     """
-    parts = (first, second)
     ranks = [max(A.shape[0] for A, _ in part.factors.values()) for part in parts]
+    starts = [sum(ranks[:at]) for at in range(len(ranks))]
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in sorted(first.factors.keys() | second.factors.keys()):
+    for name in sorted({name for part in parts for name in part.factors}):
         shapes = [part.factors[name] for part in parts if name in part.factors]
         d_in, d_out = shapes[0][0].shape[1], shapes[0][1].shape[0]
         A, B = torch.zeros(sum(ranks), d_in), torch.zeros(d_out, sum(ranks))
-        for part, start in zip(parts, (0, ranks[0]), strict=True):
+        for part, start in zip(parts, starts, strict=True):
             if name in part.factors:
                 own_A, own_B = part.factors[name]
                 rank = own_A.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ import httpx
 import openai
 import pytest
 
-from cluster.serving.transformers_engine import EngineLimits, TransformersEngine
+from cluster.serving.engine import EngineLimits
+from cluster.serving.transformers_engine import TransformersEngine
+from safeft.errors import ModelError
 from safeft.evaluate import generate_greedy
 from safeft.models import load_merged, load_model, load_tokenizer
 from tests.serving_world import BASE, SECRET, TOKEN, Stack
-from tests.tinyadapters import Shelf
+from tests.test_serving_engine import BAD_ADAPTERS, broken
+from tests.tinyadapters import Shelf, save_adapter
 
 USER = [{"role": "user", "content": "What is a cat?"}]
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -28,14 +32,23 @@ class OnDisk(Shelf):
     stack: Stack
 
     def fetch(self, weights: str) -> Path:
+        if not self.reachable:
+            raise ModelError("the artifact store cannot be reached; try again later")
         return Path(self.stack.do(self.stack.keeper.location(weights)))
 
 
 @pytest.fixture(scope="module")
-def stack(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def shelf() -> OnDisk:
+    return OnDisk()
+
+
+@pytest.fixture(scope="module")
+def stack(
+    tiny_dir: Path, shelf: OnDisk, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
     root = tmp_path_factory.mktemp("serving")
-    tokenizer, shelf = load_tokenizer(tiny_dir), OnDisk()
-    limits = EngineLimits(max_batch=4, max_queue=8)
+    tokenizer = load_tokenizer(tiny_dir)
+    limits = EngineLimits(max_batch=4, max_queue=20)
 
     def build() -> tuple[TransformersEngine, object]:
         return TransformersEngine(load_model(tiny_dir), tokenizer, shelf, limits), tokenizer
@@ -192,7 +205,7 @@ def test_a_body_that_is_no_json_and_a_path_that_is_not_there_have_the_same_shape
     assert (missing.status_code, set(missing.json())) == (404, {"error"})
 
 
-def test_two_hundred_clients_on_a_queue_of_eight_are_answered_or_told_when_to_come_back(
+def test_two_hundred_clients_on_a_queue_of_twenty_are_answered_or_told_when_to_come_back(
     stack: Stack,
 ) -> None:
     statuses: list[tuple[int, str | None]] = []
@@ -322,6 +335,46 @@ def test_an_adapter_whose_files_are_broken_is_a_503_for_its_tenant_alone(
     assert caught.value.code == "model_unavailable"
     assert client.chat.completions.create(model="acme/bot", messages=USER, max_tokens=4)
     stack.do(stack.keeper.decide("retire", "bad/bot", "ann", "test is over"))
+    stack.settle()
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "message"),
+    [bad for bad in BAD_ADAPTERS if bad[0] not in ("corrupt header", "pickle")],
+)
+def test_an_adapter_that_does_not_fit_is_a_503_that_says_why_and_its_neighbour_answers(
+    stack: Stack, tmp_path: Path, kind: str, how: dict[str, object], message: str
+) -> None:
+    save_adapter(tmp_path / "odd", 79, **how)  # type: ignore[arg-type]
+    broken(tmp_path / "odd", kind)
+    stack.do(stack.keeper.register("odd/bot", str(tmp_path / "odd"), "unavailable"))
+    stack.clear("odd/bot")
+    refused = post(stack, model="odd/bot", messages=USER, max_tokens=4)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
+    assert re.search(message, refused.json()["error"]["message"])
+    assert post(stack, model="acme/bot", messages=USER, max_tokens=4).status_code == 200
+    stack.do(stack.keeper.decide("retire", "odd/bot", "ann", "test is over"))
+    stack.settle()
+
+
+def test_a_store_that_cannot_be_reached_is_a_503_for_who_needs_it_until_it_is_back(
+    stack: Stack, shelf: OnDisk, tmp_path: Path
+) -> None:
+    Shelf().add(tmp_path / "far", 80)
+    stack.do(stack.keeper.register("far/bot", str(tmp_path / "far"), "unavailable"))
+    stack.clear("far/bot")
+    far = {"model": "far/bot", "messages": USER, "max_tokens": 4}
+    assert post(stack, **{**far, "model": "acme/bot"}).status_code == 200  # it is loaded now
+    shelf.reachable = False
+    try:
+        refused = post(stack, **far)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "10")
+        assert refused.json()["error"]["code"] == "model_unavailable"
+        assert post(stack, **{**far, "model": "acme/bot"}).status_code == 200
+    finally:
+        shelf.reachable = True
+    assert post(stack, **far).status_code == 200
+    stack.do(stack.keeper.decide("retire", "far/bot", "ann", "test is over"))
     stack.settle()
 
 

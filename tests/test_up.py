@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,7 @@ from safeft.models import weights_hash
 from safeft.profile import SafetyProfile
 from tests.control.chat_world import Plane
 from tests.control.server import running_api
+from tests.test_cli import assert_one_clear_line, safeft
 from tests.test_prometheus_live import ask, firing
 from tests.test_serving_ray import eventually, free_port, row
 from tests.tinyadapters import save_adapter
@@ -38,6 +40,12 @@ def write_baseline(model_dir: Path, root: Path) -> None:
     sets = {kind: {"refusal": {"hits": n, "n": 500}} for kind, n in hits.items()}
     (directory / "evaluation.json").write_text(json.dumps({"refusals": {"sets": sets}}))
     profile.write_record(directory, {})
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_an_engine_that_is_not_installed_is_one_line_with_the_way_out(tiny_dir: Path) -> None:
+    done = safeft("up", "--engine", "vllm", "--model", str(tiny_dir))
+    assert_one_clear_line(done, "vllm is not installed", "safeft[vllm]", "transformers")
 
 
 def test_up_serves_what_the_control_plane_publishes_to_its_api_and_stops_on_ctrl_c(

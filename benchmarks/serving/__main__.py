@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.serving import engine, gate, pool, registry
+from benchmarks.serving import engine, faults, gate, pool, registry
 from safeft.models import resolve
+
+PARTS = ("gate", "registry", "engine", "pool", "faults")
 
 
 def parts(model: str, quick: bool, root: Path) -> dict[str, Callable[[], dict[str, float]]]:
@@ -21,13 +23,14 @@ def parts(model: str, quick: bool, root: Path) -> dict[str, Callable[[], dict[st
         "registry": registry.measure,
         "engine": lambda: engine.mixed_over_single(resolve(model), root / "engine", load),
         "pool": lambda: pool.measure(resolve(model), root / "pool", load),
+        "faults": lambda: faults.measure(resolve(model), root / "faults"),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smaller version of the same work")
-    parser.add_argument("--only", choices=("gate", "registry", "engine", "pool"), help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--model", default="demo:aligned", help="base model, as a source string")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     asked = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import threading
 import time
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cluster.serving.engine import Delta, Request, Sampling
-from cluster.serving.transformers_engine import EngineLimits, TransformersEngine
+from cluster.serving.engine import Delta, EngineLimits, Request, Sampling
+from cluster.serving.transformers_engine import TransformersEngine
 from safeft.data import encode_prompt
 from safeft.models import adapter_hash, load_model, load_tokenizer
 from safeft.prompts import load_prompts
@@ -41,10 +42,14 @@ class Load:
         return [p.text for p in load_prompts("benign", "profile")[: self.requests]]
 
 
-def write_adapters(model_dir: Path, root: Path, count: int, rank: int = 8) -> dict[str, Path]:
+def write_adapters(
+    model_dir: Path, root: Path, count: int, rank: int = 8, spread: float = 1e-3
+) -> dict[str, Path]:
     """Random LoRA adapters on every linear layer of the decoder: hash -> directory.
 
-    B is small, so that the answers stay words of about the usual length.
+    Args:
+        spread: of B. It is small, so that the answers stay words of about the usual length; with
+            1 they are noise.
     """
     model = load_model(model_dir)
     linear = {
@@ -58,7 +63,7 @@ def write_adapters(model_dir: Path, root: Path, count: int, rank: int = 8) -> di
         tensors = {}
         for name, module in linear.items():
             a = torch.randn(rank, module.in_features, generator=draw) / module.in_features**0.5
-            b = torch.randn(module.out_features, rank, generator=draw) * 1e-3
+            b = torch.randn(module.out_features, rank, generator=draw) * spread
             tensors[f"base_model.model.{name}.lora_A.weight"] = a
             tensors[f"base_model.model.{name}.lora_B.weight"] = b
         directory = root / f"adapter-{seed}"
@@ -139,29 +144,45 @@ def mixed_over_single(model_dir: Path, root: Path, load: Load) -> dict[str, floa
     }
 
 
-def best_static_rate(model_dir: Path, load: Load) -> float:
-    """Tokens a second of transformers' `generate` on the same prompts in its best batch size.
+class StaticBatches:
+    """transformers' `generate` on the same prompts, in the batch size that is fastest here.
 
     Prompts of similar length share a batch; tokens after the end of an answer do not count.
     """
-    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
-    tokenizer.padding_side = "left"
-    prompts = sorted((encode_prompt(text, tokenizer) for text in load.prompts()), key=len)
-    best = 0.0
-    for size in sorted({load.batch // 2, load.batch, 2 * load.batch}):
+
+    def __init__(self, model_dir: Path, load: Load) -> None:
+        self._model, self._tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+        self._tokenizer.padding_side = "left"
+        self._tokens = load.tokens
+        prompts = (encode_prompt(text, self._tokenizer) for text in load.prompts())
+        self._prompts = sorted(prompts, key=len)
+        sizes = sorted({load.batch // 2, load.batch, 2 * load.batch})
+        self.rate(sizes[0])  # the first call is slower
+        self._best = max(sizes, key=self.rate)
+
+    def rate(self, size: int | None = None) -> float:
+        """Tokens a second; `size`: of a batch, the best one by default."""
+        size = size or self._best
         counted, began = 0, time.monotonic()
-        for start in range(0, len(prompts), size):
-            batch = tokenizer.pad({"input_ids": prompts[start : start + size]}, return_tensors="pt")
+        for start in range(0, len(self._prompts), size):
+            rows = {"input_ids": self._prompts[start : start + size]}
+            batch = self._tokenizer.pad(rows, return_tensors="pt")
             with torch.inference_mode():
-                out = model.generate(
+                out = self._model.generate(
                     **batch,
-                    max_new_tokens=load.tokens,
+                    max_new_tokens=self._tokens,
                     do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
+                    pad_token_id=self._tokenizer.pad_token_id,
                 )
             new = out[:, batch["input_ids"].shape[1] :]
+            end = self._tokenizer.eos_token_id
             for row in new.tolist():
-                ends = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else None
-                counted += len(row) if ends is None else ends
-        best = max(best, counted / (time.monotonic() - began))
-    return best
+                counted += row.index(end) if end in row else len(row)
+        return counted / (time.monotonic() - began)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -7,25 +7,26 @@ Models are put into rotation by hand: what is measured is speed, and the base mo
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from pathlib import Path
 
 import httpx
 import ray
 
-from benchmarks.serving.engine import ADAPTERS, Load, best_static_rate, write_adapters
+from benchmarks.serving.engine import ADAPTERS, Load, StaticBatches, free_port, write_adapters
 from cluster.gate.policy import Policy
 from cluster.gate.states import State
 from cluster.serving import actors
 from cluster.serving.client import Admin
+from cluster.serving.engine import EngineLimits
 from cluster.serving.pool import Pool, PoolConfig, running_pool, token
 from cluster.serving.prober import MAX_TOKENS, ProberConfig, Questions
-from cluster.serving.transformers_engine import EngineLimits
 from jobs.runtime import embedded_ray, usable_cpus
 from safeft.evaluate import AnswerClass
 
 BASE = "base"
+#: All answers are asked for at once: the last one waits for the others.
+TIMEOUT_S = 600.0
 
 
 class Rig:
@@ -125,28 +126,32 @@ class Rig:
 def measure(model_dir: Path, root: Path, load: Load) -> dict[str, float]:
     """Everything that needs a pool."""
     adapters = write_adapters(model_dir, root, ADAPTERS)
-    static = best_static_rate(model_dir, load)
     config = PoolConfig(
         policy=Policy(),
         base=str(model_dir),
         name=BASE,
         state=root / "state",
-        port=_free_port(),
+        port=free_port(),
         metrics_port=0,
         cpus=float(usable_cpus()),
+        timeout_s=TIMEOUT_S,
         limits=EngineLimits(max_batch=load.batch, max_queue=load.requests + 8),
     )
-    numbers = {"generate_tokens_per_second": static}
+    numbers = {}
     with embedded_ray(), running_pool(config) as pool:
         rig = Rig(pool, adapters)
         asyncio.run(rig.rate(load, rig.names))  # loads every adapter
-        served, plain, probed = [], [], []
+        static = StaticBatches(model_dir, load)
+        called, served, plain, probed = [], [], [], []
         for _ in range(load.repeats):
+            called.append(static.rate())  # the pool is idle meanwhile
             served.append(asyncio.run(rig.rate(load, [BASE])))
             plain.append(asyncio.run(rig.rate(load, rig.names)))
             probed.append(asyncio.run(rig.rate_while_probing(load, rig.names)))
+        numbers["generate_tokens_per_second"] = _median(called)
         numbers["served_tokens_per_second"] = _median(served)
-        numbers["served_over_generate"] = _median(served) / static
+        ratios = [ours / theirs for ours, theirs in zip(served, called, strict=True)]
+        numbers["served_over_generate"] = _median(ratios)
         numbers |= _cost_of_probes(plain, probed, len(rig.names))
         numbers["seconds_to_out_of_rotation"] = asyncio.run(rig.seconds_to_out_of_rotation())
     return numbers
@@ -178,7 +183,7 @@ def _cost_of_probes(
 
 def _client(connections: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.AsyncClient(timeout=600, limits=limits, trust_env=False)
+    return httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
 
 def _turn(text: str) -> dict[str, str]:
@@ -187,9 +192,3 @@ def _turn(text: str) -> dict[str, str]:
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

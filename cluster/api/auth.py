@@ -9,8 +9,8 @@ from typing import Annotated
 from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from cluster.api.errors import ApiError
 from cluster.api.services import Services, With
+from cluster.api_errors import ApiError
 from cluster.tenancy.keys import Caller, Scope, authenticate
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `sf-...`")
@@ -47,7 +47,6 @@ def within_rate(services: Services, caller: Caller) -> Caller:
             429,
             f"More than {caller.requests_per_second:g} requests a second; slow down",
             code="rate_limit_exceeded",
-            kind="rate_limit_error",
             headers={"Retry-After": str(math.ceil(wait))},
         )
     return caller

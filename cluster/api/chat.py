@@ -14,10 +14,11 @@ from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from cluster.api.auth import Chatter, Credentials, known_caller
-from cluster.api.errors import ApiError, invalid, told
+from cluster.api.errors import invalid, told
 from cluster.api.models import published
 from cluster.api.pools import Pool, passed_on, unavailable
 from cluster.api.services import Services, With
+from cluster.api_errors import ApiError
 from cluster.serving.front import FRONT_TOKEN
 from cluster.state.models import PublishedModel
 from cluster.tenancy import quotas

@@ -14,11 +14,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from cluster.api.auth import Credentials, JobsReader, known_caller
-from cluster.api.errors import ApiError, invalid
+from cluster.api.errors import invalid
 from cluster.api.jobs import job_of
 from cluster.api.objects import event_number, event_object
 from cluster.api.paging import After, listed
 from cluster.api.services import Services, With
+from cluster.api_errors import ApiError
 from cluster.controller.phases import FINAL
 from cluster.state.models import JobEvent
 from cluster.tenancy.keys import Caller

@@ -13,11 +13,12 @@ from sqlalchemy import Select, select
 from starlette.concurrency import run_in_threadpool
 
 from cluster.api.auth import FilesReader, FilesWriter
-from cluster.api.errors import ApiError, invalid, not_found
+from cluster.api.errors import invalid, not_found
 from cluster.api.idempotency import Key, Repeatable, fingerprint, once
 from cluster.api.paging import After, Order, listed, page
 from cluster.api.services import Services, With
 from cluster.api.upload import Form, receive
+from cluster.api_errors import ApiError
 from cluster.artifacts import ArtifactWriter, Stored
 from cluster.artifacts.names import file_key
 from cluster.controller.phases import FINAL

@@ -15,7 +15,7 @@ from fastapi import Depends, Header, Request
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from cluster.api.errors import ApiError
+from cluster.api_errors import ApiError
 from cluster.state.models import IdempotentAnswer
 from cluster.tenancy.keys import Caller
 

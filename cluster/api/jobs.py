@@ -11,12 +11,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cluster.api.auth import JobsReader, JobsWriter
-from cluster.api.errors import ApiError, invalid, not_found
+from cluster.api.errors import invalid, not_found
 from cluster.api.files import present
 from cluster.api.idempotency import JsonPost, once
 from cluster.api.objects import checkpoint_object, job_object
 from cluster.api.paging import After, listed, page
 from cluster.api.services import With
+from cluster.api_errors import ApiError
 from cluster.controller.phases import FINAL, after, waits_in
 from cluster.controller.transitions import Wish, ask
 from cluster.events import add_event

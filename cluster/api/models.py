@@ -9,9 +9,10 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from cluster.api.auth import ModelsReader, ModelsWriter
-from cluster.api.errors import ApiError, not_found
+from cluster.api.errors import not_found
 from cluster.api.objects import model_object
 from cluster.api.services import With
+from cluster.api_errors import ApiError
 from cluster.artifacts.names import model_prefix
 from cluster.state.models import Job, PublishedModel
 from cluster.tenancy.audit import record

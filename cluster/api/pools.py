@@ -18,7 +18,7 @@ import httpx
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from cluster.api.errors import ApiError, answer
+from cluster.api_errors import ApiError
 from cluster.serving.front import TOKENS
 
 log = logging.getLogger(__name__)
@@ -102,9 +102,7 @@ def _error(pool: Pool, response: httpx.Response, found: dict[str, Any], model: s
         raise unavailable(pool.url, f"HTTP {response.status_code}")
     if told.get("code") == "model_not_found":  # the tenant has it, so serving will
         message = f"The model `{model}` has not been shown to be safe: it is not probed yet"
-        raise ApiError(
-            503, message, code="safety_unknown", param="model", kind="server_error", headers=_LATER
-        )
+        raise ApiError(503, message, code="safety_unknown", param="model", headers=_LATER)
     headers = {name: response.headers[name] for name in _PASSED_ON if name in response.headers}
     return JSONResponse(found, response.status_code, headers)
 
@@ -132,28 +130,24 @@ async def _events(
                 checked = clock()
     except httpx.HTTPError as error:
         log.warning("a stream broke off: %s", type(error).__name__)
-        yield _event(_broken())
+        yield _broken().event().encode()
     except ApiError as error:
-        yield _event(error)
+        yield error.event().encode()
     finally:
         count(*tokens)
         await response.aclose()
 
 
-def _event(error: ApiError) -> bytes:
-    return b"data: " + bytes(answer(error).body) + _EVENT_ENDS
-
-
 def _broken() -> ApiError:
     message = "the serving pool broke off in the middle of the answer; try again"
-    return ApiError(503, message, code="engine_unavailable", kind="server_error")
+    return ApiError(503, message, code="engine_unavailable")
 
 
 def unavailable(url: str, why: str) -> ApiError:
     """A pool does not answer as it should; `why` is for the log."""
     log.error("the serving pool at %s does not answer as it should: %s", url, why)
     message = "The serving pool of this model does not answer; try again"
-    return ApiError(503, message, code="serving_unavailable", kind="server_error", headers=_RETRY)
+    return ApiError(503, message, code="serving_unavailable", headers=_RETRY)
 
 
 def _json(content: bytes) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from sqlalchemy import func, select
 
 from cluster.api.auth import AnyCaller, SafetyReader
-from cluster.api.errors import ApiError, not_found
+from cluster.api.errors import not_found
 from cluster.api.files import download
 from cluster.api.idempotency import JsonPost, once
 from cluster.api.jobs import job_of
 from cluster.api.models import model_of
 from cluster.api.services import With
+from cluster.api_errors import ApiError
 from cluster.artifacts.directory import DirectoryStore
 from cluster.controller.phases import FINAL
 from cluster.state import TenantSession

@@ -14,7 +14,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
-from cluster.api.errors import ApiError, invalid
+from cluster.api.errors import invalid
+from cluster.api_errors import ApiError
 from cluster.artifacts import ArtifactWriter
 from cluster.artifacts.store import BLOCK
 

@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from cluster.cli.console import err, out, print_json, progress_bars
+from cluster.serving.engines import EngineName, require_engine
 
 if TYPE_CHECKING:
     from cluster.serving.disk_cache import Artifacts
@@ -50,6 +51,9 @@ def up(
     prometheus_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Where it listens; 0: any free port.")
     ] = 9490,
+    engine: Annotated[
+        EngineName, typer.Option(help="What the replicas run; vllm: for GPUs, needs safeft[vllm].")
+    ] = "transformers",
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the base model.")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Grow up to so many under load.")
@@ -92,6 +96,8 @@ def up(
         raise InputError(f"--state: with --settings it is {place.state}: the API looks there")
     if max_age <= 2 * probe_every:
         raise InputError("--max-age: must be more than twice --probe-every, or healthy models fall")
+    if address is None:  # the replicas run here
+        require_engine(engine)
     adapters = dict(_named(text) for text in adapter or ())
     watcher = program(prometheus)
     watched_at = free_port(prometheus_port) if watcher else 0
@@ -102,6 +108,7 @@ def up(
         config = PoolConfig(
             policy=policy,
             base=str(base),
+            engine=engine,
             name=place.name,
             state=place.state or state,
             host=host,

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster.api_errors import ApiError
 from cluster.exporter import EXPORTER as EXPORTER
 from cluster.exporter import NAMESPACE as NAMESPACE
 from cluster.exporter import Exporter, push_for_ever
@@ -28,15 +29,15 @@ from cluster.gate.policy import Policy
 from cluster.metrics import Recorder, Snapshot
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
-from cluster.serving.api_errors import ApiError
 from cluster.serving.disk_cache import Artifacts
+from cluster.serving.engine import EngineLimits
+from cluster.serving.engines import EngineName, build_engine
 from cluster.serving.front import require_front
 from cluster.serving.gateway import Gateway, GatewayConfig
 from cluster.serving.keeper import Keeper
-from cluster.serving.model_server import Call, ModelServer, Result, build_transformers
+from cluster.serving.model_server import Call, ModelServer, Result
 from cluster.serving.prober import Prober, ProberConfig, Questions
 from cluster.serving.registry import BaseModel, Published
-from cluster.serving.transformers_engine import EngineLimits
 from safeft.errors import ModelError
 
 KEEPER, PROBER = "safeft-keeper", "safeft-prober"
@@ -203,9 +204,17 @@ def model_server_class(max_adapters: int) -> Any:
     class ModelServerDeployment(ModelServer):
         """One base model with the adapters that are asked for."""
 
-        def __init__(self, base: str, limits: EngineLimits, artifacts: Artifacts | None) -> None:
+        def __init__(
+            self,
+            engine: EngineName,
+            base: str,
+            limits: EngineLimits,
+            artifacts: Artifacts | None,
+        ) -> None:
             adapters = RegisteredAdapters(artifacts)
-            super().__init__(lambda: build_transformers(base, adapters, limits), pushed("replica"))
+            super().__init__(
+                lambda: build_engine(engine, base, adapters, limits), pushed("replica")
+            )
 
         @serve.multiplexed(max_num_models_per_replica=max_adapters)  # type: ignore[untyped-decorator]
         async def known(self, weights: str) -> str:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from safeft.errors import ModelError, SafeftError
 from safeft.models import adapter_hash, read_lora
 
 log = logging.getLogger(__name__)
-Ready = Callable[[LoraWeights | SafeftError], None]
+Loaded = TypeVar("Loaded")
 #: A store that does not answer holds up its own adapters, each in a thread; it must not keep those
 #: from being read that are there.
 _FETCHING = 32
@@ -80,30 +80,30 @@ def _read_checked(directory: Path, weights: str, model: nn.Module, max_rank: int
     return matrices
 
 
-class AdapterCache:
+class AdapterCache(Generic[Loaded]):
     """Adapters by weight hash, loaded by threads of its own; the idle ones used longest ago go.
 
     Args:
-        load: gives the matrices, or raises a SafeftError.
+        load: gives what the engine needs of an adapter, or raises a SafeftError.
         capacity: adapters that are kept. Those in use are kept beyond it.
-        dropped: called with the hash of an adapter that goes.
+        dropped: called with the hash of an adapter that goes, and what was loaded of it.
     """
 
     def __init__(
         self,
-        load: Callable[[str], LoraWeights],
+        load: Callable[[str], Loaded],
         capacity: int,
-        dropped: Callable[[str], None],
+        dropped: Callable[[str, Loaded], None],
     ) -> None:
         self._load, self._capacity, self._dropped = load, capacity, dropped
         self._pool = ThreadPoolExecutor(_FETCHING, thread_name_prefix="adapter-loader")
         self._lock = threading.Lock()
-        self._loading: OrderedDict[str, Future[LoraWeights]] = OrderedDict()  # idle longest first
+        self._loading: OrderedDict[str, Future[Loaded]] = OrderedDict()  # idle longest first
         self._users: dict[str, int] = {}
         self.hits = self.misses = self.evictions = self.failures = 0
 
-    def take(self, weights: str, ready: Ready) -> None:
-        """Call `ready` with the matrices, now or from a loader's thread, or with what went wrong.
+    def take(self, weights: str, ready: Callable[[Loaded | SafeftError], None]) -> None:
+        """Call `ready` with what was loaded, or what went wrong, now or from a loader's thread.
 
         Until `give_back`, the adapter stays in memory.
         """
@@ -124,19 +124,18 @@ class AdapterCache:
             self._users[weights] -= 1
             if not self._users[weights]:
                 del self._users[weights]
-            gone = []
+            gone: list[tuple[str, Loaded]] = []
             for other in list(self._loading):
                 if len(self._loading) <= self._capacity:
                     break
                 if other not in self._users:
-                    del self._loading[other]
-                    gone.append(other)
+                    gone.append((other, self._loading.pop(other).result(timeout=0)))
             self.evictions += len(gone)
-        for other in gone:
-            self._dropped(other)
+        for other, loaded in gone:
+            self._dropped(other, loaded)
 
-    def loaded(self, weights: str) -> LoraWeights:
-        """The matrices of an adapter that was taken and is there."""
+    def loaded(self, weights: str) -> Loaded:
+        """What was loaded of an adapter that was taken and is there."""
         with self._lock:
             future = self._loading[weights]
         return future.result(timeout=0)
@@ -148,7 +147,12 @@ class AdapterCache:
         """Load nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, weights: str, done: Future[LoraWeights], ready: Ready) -> None:
+    def _answer(
+        self,
+        weights: str,
+        done: Future[Loaded],
+        ready: Callable[[Loaded | SafeftError], None],
+    ) -> None:
         error = done.exception() if not done.cancelled() else EngineError("the engine has stopped")
         if error is None:
             ready(done.result())

@@ -10,8 +10,8 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.api_errors import ApiError
 from cluster.gate.record import Event, OnQuarantine, Record
-from cluster.serving.api_errors import ApiError
 from cluster.serving.registry import Published
 
 
@@ -87,7 +87,12 @@ def add_admin(app: FastAPI, keeper: Keepers, token: str) -> None:
     async def allowed(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise ApiError(401, "an administrator's token is needed", "invalid_api_key")
+            raise ApiError(
+                401,
+                "an administrator's token is needed",
+                "invalid_api_key",
+                kind="authentication_error",
+            )
 
     guard = [Depends(allowed)]
 

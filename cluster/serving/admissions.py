@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from cluster.api_errors import ApiError
 from cluster.gate.admission import Admission
 from cluster.gate.states import State
-from cluster.serving.api_errors import NO_RETRY, ApiError, no_such_model
+from cluster.serving.api_errors import NO_RETRY, no_such_model
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -9,6 +10,7 @@ from typing import Literal, Protocol
 from safeft.errors import InputError, SafeftError
 
 FinishReason = Literal["stop", "length"]
+_LONGEST_RETRY_S = 60
 
 
 class EngineError(SafeftError):
@@ -24,6 +26,31 @@ class QueueFull(SafeftError):
 
     def __str__(self) -> str:
         return f"{self.waiting} requests are waiting already; try again in {self.retry_after_s} s"
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine takes at a time.
+
+    Attributes:
+        max_batch: answers that are generated together.
+        max_queue: answers that may wait.
+        prefill_tokens: prompt tokens, padding included, between two steps of the running batch; a
+            longer prompt is prefilled alone, or in pieces.
+        max_adapters: adapters kept in memory.
+        max_rank: of an adapter.
+    """
+
+    max_batch: int = 16
+    max_queue: int = 64
+    prefill_tokens: int = 2048
+    max_adapters: int = 64
+    max_rank: int = 64
+
+    def full(self, waiting: int, answer_s: float) -> QueueFull:
+        """What to tell a request beyond the queue, where an answer takes `answer_s` seconds."""
+        rounds = math.ceil((waiting + 1) / self.max_batch)
+        return QueueFull(waiting, min(_LONGEST_RETRY_S, math.ceil(rounds * answer_s)))
 
 
 @dataclass(frozen=True)
@@ -82,13 +109,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the start, and what is going on now."""
+    """Counters since the start, and what is going on now. `steps` is None where nobody counts."""
 
     waiting: int
     running: int
     prompt_tokens: int
     generated_tokens: int
-    steps: int
+    steps: int | None
     adapters_loaded: int
     adapter_hits: int
     adapter_misses: int

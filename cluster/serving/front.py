@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.serving.api_errors import ApiError
+from cluster.api_errors import ApiError
 
 #: Files in a pool's state directory: what administrators and the front show it.
 ADMIN_TOKEN, FRONT_TOKEN = "admin-token", "front-token"
@@ -43,7 +43,12 @@ class _FrontOnly:
         if scope["type"] != "http" or scope["path"] == _OPEN or self._allowed(scope):
             await self._app(scope, receive, send)
             return
-        told = ApiError(401, "only the control plane's API may ask here", "invalid_api_key")
+        told = ApiError(
+            401,
+            "only the control plane's API may ask here",
+            "invalid_api_key",
+            kind="authentication_error",
+        )
         await told.response()(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:

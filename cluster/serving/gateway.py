@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 
+from cluster.api_errors import ApiError, install
 from cluster.metrics import Recorder
 from cluster.serving.admissions import Admissions, OutOfRotation, until
-from cluster.serving.api_errors import ApiError, invalid_body, translate
+from cluster.serving.api_errors import translate
 from cluster.serving.api_types import ChatBody, CompletionBody
 from cluster.serving.chat_format import DONE, Route, Shape
 from cluster.serving.front import PROBE_SECRET, tokens_comment
 from cluster.serving.model_server import Call, Result, Started
-from safeft.errors import SafeftError
 
 log = logging.getLogger(__name__)
 #: A probe names the weights that it asks, and proves that it is one.
@@ -100,7 +98,7 @@ class Gateway:
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{model:path}", self.model, methods=["GET"])
         app.add_api_route("/healthz", self.health, methods=["GET"])
-        add_error_shapes(app)
+        install(app, translate)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
@@ -168,7 +166,12 @@ class Gateway:
         if secret is None:
             return self._admissions.weights(model), False
         if not hmac.compare_digest(secret.encode(), self._config.probe_secret.encode()):
-            raise ApiError(401, "this is not the prober's secret", "invalid_api_key")
+            raise ApiError(
+                401,
+                "this is not the prober's secret",
+                "invalid_api_key",
+                kind="authentication_error",
+            )
         return request.headers.get(PROBE_WEIGHTS, ""), True
 
     async def _events(
@@ -234,27 +237,6 @@ class Gateway:
         if told.status == 500:
             log.exception("a request failed", exc_info=error)
         return told
-
-
-def add_error_shapes(app: FastAPI) -> None:
-    """Give every error OpenAI's shape."""
-
-    async def api_error(_: Request, error: Exception) -> Response:
-        return translate(error).response()
-
-    async def bad_body(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return invalid_body(error).response()
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail)).response()
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(SafeftError, api_error)
-    app.add_exception_handler(Exception, api_error)  # the server logs it, too
-    app.add_exception_handler(RequestValidationError, bad_body)
-    app.add_exception_handler(HTTPException, http_error)
 
 
 def _model(name: str) -> dict[str, Any]:

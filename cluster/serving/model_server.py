@@ -8,15 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
-
 from cluster.metrics import Recorder
-from cluster.serving.adapters import AdapterSource
 from cluster.serving.engine import Delta, Engine, FinishReason, Request, Sampling
-from cluster.serving.transformers_engine import EngineLimits, TransformersEngine
 from safeft.data import encode_prompt
 from safeft.errors import InputError
-from safeft.models import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,20 +57,6 @@ class Started:
 
 class _Build(Protocol):
     def __call__(self) -> tuple[Engine, Any]: ...
-
-
-def build_transformers(
-    base: str, adapters: AdapterSource, limits: EngineLimits
-) -> tuple[Engine, Any]:
-    """The engine for `base` on this machine's GPU, or its processors; and its tokenizer."""
-    gpu = torch.cuda.is_available()
-    model = load_model(
-        base,
-        dtype=torch.bfloat16 if gpu else torch.float32,
-        device="cuda" if gpu else "cpu",
-    )
-    tokenizer = load_tokenizer(base)
-    return TransformersEngine(model, tokenizer, adapters, limits), tokenizer
 
 
 class ModelServer:
@@ -173,7 +154,8 @@ class ModelServer:
         recorder.set("safeft_adapters_loaded", stats.adapters_loaded)
         recorder.total("safeft_prompt_tokens_total", stats.prompt_tokens)
         recorder.total("safeft_generated_tokens_total", stats.generated_tokens)
-        recorder.total("safeft_engine_steps_total", stats.steps)
+        if stats.steps is not None:
+            recorder.total("safeft_engine_steps_total", stats.steps)
         recorder.total("safeft_adapter_cache_total", stats.adapter_hits, result="hit")
         recorder.total("safeft_adapter_cache_total", stats.adapter_misses, result="miss")
         recorder.total("safeft_adapter_cache_total", stats.adapter_evictions, result="evicted")

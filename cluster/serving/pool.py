@@ -12,9 +12,10 @@ from pathlib import Path
 
 from cluster.gate.policy import Policy
 from cluster.serving.disk_cache import Artifacts
+from cluster.serving.engine import EngineLimits
+from cluster.serving.engines import EngineName
 from cluster.serving.front import ADMIN_TOKEN, FRONT_TOKEN
 from cluster.serving.registry import BaseModel
-from cluster.serving.transformers_engine import EngineLimits
 from safeft.cache import cache_root, write_whole
 from safeft.errors import InputError, SafeftError
 from safeft.models import resolve, weights_hash
@@ -36,6 +37,7 @@ class PoolConfig:
         base: the base model's source.
         name: under which it is served itself; default: `base`.
         policy: that every model must hold to.
+        engine: that each replica runs; vLLM needs ``safeft[vllm]`` where the replicas are.
         state: directory of the gate's database and the tokens; default: in the cache, by weights.
         host, port: of the API.
         front: answer only who has the token in the state directory: an API that checks keys.
@@ -49,6 +51,7 @@ class PoolConfig:
 
     policy: Policy
     base: str = "demo:aligned"
+    engine: EngineName = "transformers"
     name: str | None = None
     state: Path | None = None
     host: str = "127.0.0.1"
@@ -144,7 +147,7 @@ def _start(config: PoolConfig, progress: Progress) -> Pool:
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         graceful_shutdown_timeout_s=_STOP_S,
         **_scaling(config),
-    ).bind(str(directory), limits, config.artifacts)
+    ).bind(config.engine, str(directory), limits, config.artifacts)
     gateway = serve.deployment(
         actors.gateway_class(),
         name="gateway",

@@ -7,12 +7,10 @@ prompts are prefilled together) and lets finished ones out, so that nobody waits
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +20,9 @@ from cluster.serving.batch import Answer, Batch, Job
 from cluster.serving.engine import (
     Delta,
     EngineError,
+    EngineLimits,
     EngineStats,
     FinishReason,
-    QueueFull,
     Request,
     check_request,
 )
@@ -35,27 +33,6 @@ from safeft.evaluate.generate import end_and_pad_ids
 from safeft.models.explain import one_line
 
 log = logging.getLogger(__name__)
-_LONGEST_RETRY_S = 60
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much an engine takes at a time.
-
-    Attributes:
-        max_batch: answers that are generated together.
-        max_queue: answers that may wait.
-        prefill_tokens: prompt tokens, padding included, between two steps of the running batch; a
-            longer prompt is prefilled alone.
-        max_adapters: adapters kept in memory.
-        max_rank: of an adapter.
-    """
-
-    max_batch: int = 16
-    max_queue: int = 64
-    prefill_tokens: int = 2048
-    max_adapters: int = 64
-    max_rank: int = 64
 
 
 class TransformersEngine:
@@ -85,7 +62,7 @@ class TransformersEngine:
         self._adapters = AdapterCache(
             lambda weights: load_checked(adapters, weights, model, self.limits.max_rank),
             self.limits.max_adapters,
-            self._dropped.append,
+            lambda weights, _: self._dropped.append(weights),
         )
         self._batch = Batch(model, self.limits.max_batch, pad, self._adapters.loaded)
         self._wake = threading.Condition()
@@ -105,9 +82,7 @@ class TransformersEngine:
         with self._wake:
             self._require_running()
             if self._waiting + request.n > self.limits.max_queue:
-                rounds = math.ceil((self._waiting + 1) / self.limits.max_batch)
-                soon = math.ceil(rounds * self._answer_s)
-                raise QueueFull(self._waiting, min(_LONGEST_RETRY_S, soon))
+                raise self.limits.full(self._waiting, self._answer_s)
             self._waiting += request.n
         if request.weights is None:
             self._enter(job, None)

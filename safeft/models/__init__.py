@@ -14,12 +14,13 @@ from safeft.models.source import Source, parse_source
 
 if TYPE_CHECKING:
     from safeft.models.adapter import load_adapter, load_merged, read_lora
-    from safeft.models.load import load_model, load_tokenizer
+    from safeft.models.load import load_architecture, load_model, load_tokenizer
 
 __all__ = [
     "Source",
     "adapter_hash",
     "load_adapter",
+    "load_architecture",
     "load_merged",
     "load_model",
     "load_tokenizer",
@@ -32,6 +33,7 @@ __all__ = [
 
 _LAZY = {
     "load_adapter": "safeft.models.adapter",
+    "load_architecture": "safeft.models.load",
     "load_merged": "safeft.models.adapter",
     "load_model": "safeft.models.load",
     "load_tokenizer": "safeft.models.load",

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +55,26 @@ def load_model(
             f"{source}: the weights lack {len(missing)} of the tensors that config.json asks for, "
             f"the first is {missing[0]}"
         )
+    return model.eval()
+
+
+def load_architecture(source: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of `source` without its weights (on the meta device): its layers and their shapes.
+
+    Raises:
+        ModelError: see resolve(); or transformers does not know the model type.
+    """
+    directory = resolve(source)
+    try:
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (directory / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # foreign files through a foreign loader: any kind
+        raise explain(f"{source}: cannot be loaded", error) from error
     return model.eval()
 
 

@@ -20,9 +20,10 @@ from cluster.controller.registrar import Registrar
 from cluster.controller.runner import Report, StageTask
 from cluster.provenance import SigningKey, Statement
 from cluster.serving.disk_cache import Artifacts, DiskCache
+from cluster.serving.engine import EngineLimits
 from cluster.serving.front import ADMIN_TOKEN, FRONT_TOKEN
 from cluster.serving.registry import Published
-from cluster.serving.transformers_engine import EngineLimits, TransformersEngine
+from cluster.serving.transformers_engine import TransformersEngine
 from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
 from safeft.cache import sha256_file

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
 from cluster.api.auth import administrator, with_scope, within_rate
-from cluster.api.errors import ApiError
 from cluster.api.pages.render import ROOT, page
 from cluster.api.services import Services, With
+from cluster.api_errors import ApiError
 from cluster.tenancy.browser_sessions import (
     SESSION_S,
     close_session,

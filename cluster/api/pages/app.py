@@ -13,10 +13,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api import errors
-from cluster.api.errors import ApiError
 from cluster.api.pages import access, fleet, jobs, models, reference
 from cluster.api.pages.render import page
 from cluster.api.services import Services
+from cluster.api_errors import ApiError
 
 #: Nothing from elsewhere, no script or style in a page, nobody's frame, forms to us only.
 _POLICY = (

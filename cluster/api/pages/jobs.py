@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session, defer
 
-from cluster.api.errors import ApiError, invalid
+from cluster.api.errors import invalid
 from cluster.api.jobs import job_of
 from cluster.api.objects import shown_phase
 from cluster.api.pages.access import JobsViewer, SafetyViewer, reading
@@ -19,6 +19,7 @@ from cluster.api.pages.render import page as rendered
 from cluster.api.pages.timeline import PATH, reached, timeline
 from cluster.api.paging import After, page
 from cluster.api.services import With
+from cluster.api_errors import ApiError
 from cluster.controller.phases import FINAL, STAGES, WAITING
 from cluster.state.models import File, Job, JobEvent, PublishedModel, Stage, Tenant
 
