@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends
@@ -52,8 +52,8 @@ def _limited(services: With, credentials: Credentials) -> Caller:
 AnyCaller = Annotated[Caller, Depends(_limited)]
 
 
-def _with(scope: Scope) -> Callable[[Caller], Caller]:
-    def check(caller: AnyCaller) -> Caller:
+def _with(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
+    async def check(caller: AnyCaller) -> Caller:
         if not caller.may(scope):
             raise ApiError(403, f"This key lacks the scope {scope}", code="missing_scope")
         return caller
@@ -61,7 +61,7 @@ def _with(scope: Scope) -> Callable[[Caller], Caller]:
     return check
 
 
-def _administrator(caller: AnyCaller) -> Caller:
+async def _administrator(caller: AnyCaller) -> Caller:
     if caller.role != "admin":
         raise ApiError(403, "Only an administrator's key may do this", code="not_an_administrator")
     return caller

@@ -1,4 +1,4 @@
-"""Artifact stores: the same promises from a directory and from S3 (moto's server, real HTTP)."""
+"""Artifact stores: the same promises from a directory and from S3 (moto's server, and Ceph's)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ from safeft.errors import InputError
 BIG = bytes(range(256)) * (2 * PART // 256) + b"the last part"
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture(params=["directory", "moto", "ceph"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     if request.param == "directory":
         return open_store(f"file://{tmp_path}/store")
-    return open_store(f"s3://{request.getfixturevalue('bucket')}/some/prefix")
+    return open_store(f"s3://{request.getfixturevalue(f'{request.param}_bucket')}/some/prefix")
+
+
+@pytest.fixture(params=["moto", "ceph"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """On each of the two: a stand-in for S3, and a real server where it is installed."""
+    name: str = request.getfixturevalue(f"{request.param}_bucket")
+    return name
 
 
 def put(store: ArtifactStore, key: str, content: bytes, max_bytes: int | None = None) -> Stored:

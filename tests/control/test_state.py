@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,9 +171,24 @@ def test_the_audit_table_can_only_grow(database: Database) -> None:
             session.execute(text(statement))
 
 
-def test_sqlite_is_durable_and_in_wal_mode(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path}/deep/state.db")
+def test_sqlite_is_in_wal_mode_and_what_was_written_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep/state.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
     with database.system_read() as session:
         assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-        assert session.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
+        assert session.execute(text("PRAGMA synchronous")).scalar() == 1  # SQLite flushes no log
+    sizes, fsync, log = [], os.fsync, Path(f"{path}-wal")
+
+    def counted(descriptor: int) -> None:
+        assert os.path.sameopenfile(descriptor, os.open(log, os.O_RDONLY))
+        sizes.append(log.stat().st_size)
+        fsync(descriptor)
+
+    before = log.stat().st_size
+    monkeypatch.setattr(os, "fsync", counted)
+    add_tenant(database)
+    assert [size > before for size in sizes] == [True]  # once, after the commit
     database.close()
