@@ -41,7 +41,7 @@ def controller(settings: Settings, address: str) -> None:
         # So many kills in minutes would exhaust a job's five attempts, which is as it should be.
         rules=Rules(max_faults=1000),
     )
-    run_controller(settings, address, threading.Event(), options, TinyHost)
+    run_controller(settings, address, threading.Event(), options, host=TinyHost)
 
 
 def actors(settings: Settings, address: str) -> None:

@@ -13,6 +13,7 @@ from cluster.artifacts import ArtifactUnavailable, fetch, open_store, put_file
 from cluster.artifacts.names import model_prefix
 from cluster.controller.actors import Host
 from cluster.controller.runner import Report, StageTask
+from cluster.controller.watch import Watch
 from safeft.cache import write_whole
 from safeft.progress import Progress
 
@@ -24,7 +25,7 @@ WEIGHTS_BYTES = 256 * 1024
 class TinyHost(Host):
     """A stage's actor, with tiny stages in it."""
 
-    def perform(self, task: StageTask, progress: Progress) -> Report:
+    def perform(self, task: StageTask, progress: Progress, watch: Watch) -> Report:
         try:
             return _stage(task, progress)
         except ArtifactUnavailable as error:

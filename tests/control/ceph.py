@@ -107,10 +107,11 @@ def own_ceph() -> Iterator[str]:
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         start("ceph-osd", "-i", "0")
         _await(stored)
-        start("radosgw", "-n", "client.rgw")
+        # Before the gateway begins: both would make the default zone, and differ in it.
         user = ("--uid", "tester", "--display-name", "tester")
         keys = ("--access-key", ACCESS, "--secret-key", SECRET)
         run("radosgw-admin", "user", "create", *user, *keys)
+        start("radosgw", "-n", "client.rgw")
         url = f"http://127.0.0.1:{gateway}"
         _await(lambda: _answers(url))
         yield url
