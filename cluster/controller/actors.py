@@ -82,7 +82,7 @@ def _find(name: str) -> Any | None:
 def _told() -> Iterator[None]:
     try:
         yield
-    except (ray.exceptions.RaySystemError, ConnectionError, RuntimeError) as error:
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise RunnerUnavailable(f"Ray does not answer ({first[:200]})") from error
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.exceptions
+import ray.util
 
 log = logging.getLogger(__name__)
 _LOOK_S = 2.0
@@ -24,6 +26,11 @@ EXIT_CODE = 75  # EX_TEMPFAIL: try again
 
 def same_ray() -> bool:
     """Whether the node that this process is connected to belongs to the Ray that answers."""
+    try:
+        # First: `ray.nodes` aborts the process where another Ray answers.
+        ray.util.list_named_actors(all_namespaces=True)
+    except ray.exceptions.AuthenticationError:  # "WrongClusterID": it has another one's number
+        return False
     mine = ray.get_runtime_context().get_node_id()
     return any(node["NodeID"] == mine and node["Alive"] for node in ray.nodes())
 

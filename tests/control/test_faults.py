@@ -28,7 +28,7 @@ from cluster.controller.runner import Report
 from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database, group_commit
 from cluster.state.models import File, Stage
-from tests.control.postgresql import execute, own_postgres
+from tests.control.postgresql import binary, execute, own_postgres
 from tests.control.rows import add_tenant, file_row
 from tests.control.server import Api, running_api
 from tests.control.stages import World
@@ -454,6 +454,7 @@ def test_an_upload_during_which_s3_fails_is_503_and_leaves_nothing(
 # The database.
 
 
+@pytest.mark.skipif(binary("initdb") is None, reason="no PostgreSQL here")
 def test_jobs_wait_while_postgresql_restarts_and_go_on(tmp_path: Path) -> None:
     with own_postgres("fsync=off") as server:
         execute(server.template, "CREATE DATABASE plane")
