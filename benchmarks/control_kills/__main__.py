@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write what was found here")
     parser.add_argument("--home", type=Path, help="keep the state and the logs here")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end what was started
     with tempfile.TemporaryDirectory(prefix="safeft-kills-") as directory:
         home = Path(directory) if args.home is None else args.home.absolute()
         found = run(home, args.kills, args.jobs, args.every, args.seed)

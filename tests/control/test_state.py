@@ -96,8 +96,10 @@ def test_a_tenants_session_writes_nothing_of_another(database: Database) -> None
     a, b = add_tenant(database, "ten_a"), add_tenant(database, "ten_b")
     with pytest.raises(PermissionError), database.tenant(a) as session:
         session.add(file_row(b, "file-b"))
+    with pytest.raises(PermissionError), database.tenant(a) as session:
+        session.insert(file_row(b, "file-b"))
     with database.tenant(a) as session:
-        session.add(file_row(a, "file-a"))
+        session.insert(file_row(a, "file-a"))
     with pytest.raises(PermissionError), database.tenant(a) as session:
         found = session.get(File, "file-a")
         assert found is not None
