@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends
@@ -81,14 +81,14 @@ def _limited(services: With, credentials: Credentials) -> Caller:
 AnyCaller = Annotated[Caller, Depends(_limited)]
 
 
-def _with(scope: Scope) -> Callable[[Caller], Caller]:
-    def check(caller: AnyCaller) -> Caller:
+def _with(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
+    async def check(caller: AnyCaller) -> Caller:
         return with_scope(caller, scope)
 
     return check
 
 
-def _administrator(caller: AnyCaller) -> Caller:
+async def _administrator(caller: AnyCaller) -> Caller:
     return administrator(caller)
 
 

@@ -104,13 +104,14 @@ def _announce(services: Services, caller: Caller, file_id: str) -> tuple[str, in
 
 
 def _forget(services: Services, caller: Caller, file_id: str) -> None:
-    """Take an upload back that was not accepted."""
+    """Take an upload back that was not accepted. What fails here is left to the sweep."""
+    with services.database.tenant_read(caller.tenant_id) as session:
+        row = session.get(File, file_id)
+    if row is None or row.sha256 is not None:  # accepted, though nobody was told any more
+        return
+    services.store.delete(row.key)  # first: a row that is left tells the sweep what to remove
     with services.database.tenant(caller.tenant_id) as session:
-        row = session.get(File, file_id, with_for_update=True)
-        if row is None or row.sha256 is not None:  # accepted, though nobody was told any more
-            return
-        session.delete(row)
-    services.store.delete(row.key)
+        session.delete(session.get_one(File, file_id))
 
 
 def _check(form: Form) -> None:
@@ -137,7 +138,7 @@ def _accept(
         if stored.bytes > quotas.storage_left(session, lock=True):
             raise quotas.QuotaExceeded("max_storage_bytes: the file does not fit; delete files")
         row = session.get(File, file_id)
-        if row is None:
+        if row is None or row.deleted_at is not None:
             raise ApiError(408, "The upload took too long and was given up; upload it again")
         row.filename = _shown_name(str(form.filename))
         row.purpose = form.fields["purpose"]

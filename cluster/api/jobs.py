@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from cluster.api.auth import JobsReader, JobsWriter
@@ -20,18 +20,19 @@ from cluster.api.services import With
 from cluster.api_errors import ApiError
 from cluster.controller.phases import FINAL, after, waits_in
 from cluster.controller.transitions import Wish, ask
-from cluster.events import add_event
+from cluster.events import add_event, next_event
 from cluster.job_request import CreateJob
 from cluster.job_spec import accepted
 from cluster.state import TenantSession
 from cluster.state.ids import new_id
-from cluster.state.models import File, Job, Tenant
+from cluster.state.models import File, Job
 from cluster.tenancy import quotas
 from cluster.tenancy.audit import record
 from cluster.tenancy.keys import Caller
 from cluster.tenancy.tenants import Policy
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+_FILE = present().with_only_columns(File.id).where(File.id == bindparam("file"))
 _METADATA = re.compile(r"metadata\[([A-Za-z0-9_.-]{1,64})\]")
 
 
@@ -54,12 +55,11 @@ def create(
             )
         for param in ("training_file", "validation_file"):
             _require_file(session, param, getattr(body, param))
-        quotas.check_submit(session)
+        tenant = quotas.check_submit(session)
         most, workers = services.settings.compute_slots, body.method.supervised.workers
         if workers > most:
             raise invalid(f"workers: at most {most} train together here", "method")
-        policy = Policy.model_validate(session.scalars(select(Tenant.policy)).one())
-        kept = accepted(body, policy, offer)
+        kept = accepted(body, Policy.model_validate(tenant.policy), offer)
         job = Job(
             id=new_id("ftjob"),
             tenant_id=caller.tenant_id,
@@ -78,9 +78,9 @@ def create(
             events=0,
             facts={},
         )
-        session.add(job)
-        session.flush()
-        add_event(session, job, f"Created fine-tuning job: {job.id}", now=now)
+        created = next_event(job, f"Created fine-tuning job: {job.id}", now=now)
+        session.insert(job)
+        session.insert(created)
         answer = job_object(job)
         _audit(session, caller, job, "job.create", now, kept)
         return answer
@@ -91,7 +91,7 @@ def create(
 def _require_file(session: TenantSession, param: str, file_id: str | None) -> None:
     if file_id is None:
         return
-    if session.scalars(present().where(File.id == file_id)).one_or_none() is None:
+    if session.scalars(_FILE, {"file": file_id}).one_or_none() is None:
         raise invalid(f"No such File object: {file_id[:80]!r}", param, "invalid_file")
 
 

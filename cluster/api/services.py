@@ -55,7 +55,7 @@ class Services:
         )
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # not a thread's work
     services: Services = request.app.state.services
     return services
 

@@ -33,12 +33,16 @@ class Form:
 
 
 class _Parts:
-    """The parser's callbacks. What they are told waits in `file` and `fields` to be taken."""
+    """The parser's callbacks. What they are told waits to be taken.
+
+    `waiting`: bytes of the file that `take` returns.
+    """
 
     def __init__(self) -> None:
         self.form = Form()
-        self.file = bytearray()
         self.file_bytes = 0
+        self.waiting = 0
+        self._file: list[bytes] = []
         self.ended = False
         self._count = 0
         self._header = self._value = b""
@@ -76,8 +80,9 @@ class _Parts:
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
-            self.file += data[start:end]
+            self._file.append(data[start:end])
             self.file_bytes += end - start
+            self.waiting += end - start
             return
         self._content += data[start:end]
         if len(self._content) > _LONGEST_FIELD:
@@ -89,6 +94,12 @@ class _Parts:
 
     def on_end(self) -> None:
         self.ended = True
+
+    def take(self) -> bytes:
+        """What came of the file since the last time."""
+        taken = b"".join(self._file)
+        self._file, self.waiting = [], 0
+        return taken
 
 
 async def receive(
@@ -105,7 +116,7 @@ async def receive(
         raise ApiError(415, "Send the file as multipart/form-data, in the field `file`")
     parts = _Parts()
     callbacks = {name: getattr(parts, name) for name in dir(parts) if name.startswith("on_")}
-    writer: ArtifactWriter | None = None
+    sink: _Sink | None = None
     size = 0
     try:
         parser = MultipartParser(options[b"boundary"], callbacks)  # type: ignore[arg-type]
@@ -114,27 +125,53 @@ async def receive(
             size += len(chunk)
             if size - parts.file_bytes > _MOST_AROUND:
                 raise ApiError(413, f"The form has more than {_MOST_AROUND} bytes beside its file")
-            if writer is None and parts.form.filename is not None:
-                writer = await begin()
-            if len(parts.file) >= BLOCK:
-                assert writer is not None
-                await run_in_threadpool(writer.write, bytes(parts.file))
-                parts.file.clear()
+            if sink is None and parts.form.filename is not None:
+                sink = _Sink(await begin())
+            if sink is not None and parts.waiting >= BLOCK:
+                await sink.put(parts.take())
+        if not parts.ended:
+            raise invalid("The form breaks off before its end; upload it again")
+        if sink is None:
+            raise invalid("file is required", "file", "missing_required_parameter")
+        await sink.put(parts.take())
+        await sink.settle()
     except FormParserError as error:
         raise invalid(f"The form cannot be read: {str(error)[:100]}") from None
-    if not parts.ended:
-        raise invalid("The form breaks off before its end; upload it again")
-    if writer is None:
-        raise invalid("file is required", "file", "missing_required_parameter")
-    await run_in_threadpool(writer.write, bytes(parts.file))
-    return parts.form, writer
+    finally:
+        if sink is not None:
+            await sink.rest()
+    return parts.form, sink.writer
+
+
+class _Sink:
+    """A writer that takes one block while the next one is received."""
+
+    def __init__(self, writer: ArtifactWriter) -> None:
+        self.writer = writer
+        self._writing: asyncio.Future[None] | None = None
+
+    async def put(self, block: bytes) -> None:
+        """Begin to write a block, after the one before it. Raises what that one's writing did."""
+        await self.settle()
+        self._writing = asyncio.ensure_future(run_in_threadpool(self.writer.write, block))
+
+    async def settle(self) -> None:
+        """Wait until all is written."""
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    async def rest(self) -> None:
+        """Wait until nothing is being written, however it ended: then the writer may be closed."""
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
 
 
 async def _chunks(request: Request, idle_s: float) -> AsyncIterator[bytes]:
     stream = request.stream()
     while True:
         try:
-            chunk = await asyncio.wait_for(anext(stream), idle_s)
+            async with asyncio.timeout(idle_s):  # unlike wait_for: no task for each chunk
+                chunk = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:

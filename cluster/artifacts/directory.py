@@ -107,15 +107,16 @@ class DirectoryStore:
 
     def _link_secret(self) -> bytes:
         path = self.root / "link-secret"
-        if not path.exists():
-            # Two processes may make it at once: the one that links it first wins.
-            mine = self._uploads / secrets.token_hex(16)
-            write_whole(mine, secrets.token_bytes(32))
-            mine.chmod(0o600)
-            with suppress(FileExistsError):
-                os.link(mine, path)
-            mine.unlink()
-        return path.read_bytes()
+        with _told(self.root):
+            if not path.exists():
+                # Two processes may make it at once: the one that links it first wins.
+                mine = self._uploads / secrets.token_hex(16)
+                write_whole(mine, secrets.token_bytes(32))
+                mine.chmod(0o600)
+                with suppress(FileExistsError):
+                    os.link(mine, path)
+                mine.unlink()
+            return path.read_bytes()
 
 
 class _Writer(ArtifactWriter):

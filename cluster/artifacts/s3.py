@@ -33,14 +33,16 @@ _CONFIG = botocore.config.Config(
 )
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _ENDED = "NoSuchUpload"  # finished by a request whose answer was lost, or swept: try again
+_CLAIMS = ".claims/"  # no key begins so
 _TAKEN = {"PreconditionFailed", "412"}
 
 
 class S3Store:
     """Artifacts in `bucket` below `prefix`.
 
-    The bucket must honour ``If-None-Match: *`` on puts and on finished multipart uploads, as AWS
-    and Ceph do; without that, two publications of one name are not kept apart.
+    The bucket must honour ``If-None-Match: *`` on puts, as AWS and Ceph do; without that, two
+    publications of one name are not kept apart. Ceph 16 ignores it at the end of a multipart
+    upload, so whoever ends one claims the name with a put first.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class S3Store:
         with told(prefix):
             for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix):
                 for entry in page.get("Contents", ()):
-                    yield entry["Key"].removeprefix(self._prefix)
+                    key = entry["Key"].removeprefix(self._prefix)
+                    if not key.startswith(_CLAIMS):
+                        yield key
 
     def link(self, key: str, seconds: int, filename: str) -> str:
         disposition = f"attachment; filename*=UTF-8''{quote(filename, safe='')}"
@@ -90,7 +94,56 @@ class S3Store:
                     if upload["Initiated"].timestamp() < limit:
                         self.abort(upload["Key"], upload["UploadId"])
                         removed += 1
+            pages = self.client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self._prefix + _CLAIMS):
+                for claim in page.get("Contents", ()):
+                    if claim["LastModified"].timestamp() < limit:
+                        self.client.delete_object(Bucket=self.bucket, Key=claim["Key"])
         return removed
+
+    @contextmanager
+    def claimed(self, key: str, content: str) -> Iterator[None]:
+        """For the length of the block, only this content may be given this name.
+
+        Raises:
+            ArtifactExists: the name is taken, or is being given to another content just now.
+        """
+        claim = {"Bucket": self.bucket, "Key": f"{self._prefix}{_CLAIMS}{key}"}
+        with told(key):
+            while not self._claim(claim, content.encode()):
+                pass  # somebody gave it back just now
+            taken = self._is_there(key)  # after the claim: who had it before has ended by now
+            if not taken:
+                yield  # where this fails the claim stays: whether it did in truth is not known
+            self.client.delete_object(**claim)
+        if taken:
+            raise ArtifactExists(f"{key}: holds another content already")
+
+    def _claim(self, claim: dict[str, str], content: bytes) -> bool:
+        """Whether the claim is this content's now; it is swept where nobody ends what was begun."""
+        try:
+            self.client.put_object(**claim, Body=content, IfNoneMatch="*")
+        except failures.ClientError as error:
+            if error.response["Error"]["Code"] not in _TAKEN:
+                raise
+            try:
+                found = self.client.get_object(**claim)["Body"].read()
+            except failures.ClientError as gone:
+                if gone.response["Error"]["Code"] in _MISSING:
+                    return False
+                raise
+            if found != content:
+                raise
+        return True
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.client.head_object(**self.named(key))
+        except failures.ClientError as error:
+            if error.response["Error"]["Code"] in _MISSING:
+                return False
+            raise
+        return True
 
     def named(self, key: str) -> dict[str, str]:
         """The object as boto3's arguments."""
@@ -132,7 +185,7 @@ class _Writer(ArtifactWriter):
             return
         self._send(bytes(self._buffer))
         self._buffer.clear()
-        with told(self.key):
+        with told(self.key), self._s3.claimed(self.key, stored.sha256):
             client.complete_multipart_upload(
                 **named,
                 UploadId=self._upload,

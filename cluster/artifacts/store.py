@@ -102,11 +102,17 @@ class ArtifactWriter(ABC):
             self._publish(stored)
         except ArtifactExists:
             # Ours, where an answer was lost and the request repeated, or published before.
-            if digest(self._store, self.key) != stored:
+            if not self._is_there(stored):
                 raise
             self._discard()
         self._open = False
         return stored
+
+    def _is_there(self, stored: Stored) -> bool:
+        try:
+            return digest(self._store, self.key) == stored
+        except ArtifactMissing:  # another content is about to get the name
+            return False
 
     def __enter__(self) -> Self:
         return self

@@ -15,17 +15,25 @@ import ray.util
 
 from cluster.controller.runner import Numbers, Report, RunnerUnavailable, StageEvent, StageTask
 from cluster.controller.watch import Watch
+from safeft.progress import Progress
 
 NAMESPACE = "safeft-stages"  # not the serving pool's: every actor in it is a stage
 _ANSWER_S = 1.0  # an actor that starts does not answer yet; it is asked again later
 
 
 class ActorRunner:
-    """Runs stages on the Ray that this process is connected to (see `jobs.runtime`)."""
+    """Runs stages on the Ray that this process is connected to (see `jobs.runtime`).
+
+    Args:
+        host: what does the stages.
+    """
+
+    def __init__(self, host: type[Host] | None = None) -> None:
+        self._actor: Any = ray.remote(host or Host)
 
     def start(self, task: StageTask) -> None:
         with _told():
-            _Actor.options(
+            self._actor.options(
                 name=task.name,
                 namespace=NAMESPACE,
                 lifetime="detached",
@@ -74,12 +82,12 @@ def _find(name: str) -> Any | None:
 def _told() -> Iterator[None]:
     try:
         yield
-    except (ray.exceptions.RaySystemError, ConnectionError, RuntimeError) as error:
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise RunnerUnavailable(f"Ray does not answer ({first[:200]})") from error
 
 
-class _Host:
+class Host:
     """The actor: does the stage in a thread, and answers meanwhile."""
 
     def __init__(self, task: str) -> None:
@@ -101,11 +109,15 @@ class _Host:
             said["events"] = [event.model_dump() for event in self._events[seen:]]
         return said
 
+    def perform(self, task: StageTask, progress: Progress, watch: Watch) -> Report:
+        """Do the stage."""
+        from cluster.controller.work import perform
+
+        return perform(task, progress, watch)
+
     def _run(self, task: str) -> None:
         try:
-            from cluster.controller.work import perform
-
-            done = perform(StageTask.model_validate_json(task), self._progress, self._watch)
+            done = self.perform(StageTask.model_validate_json(task), self._progress, self._watch)
         except BaseException as error:  # noqa: BLE001  (silent, it would run for ever)
             message = f"the stage cannot be begun here ({type(error).__name__})"
             done = Report("fault", code=type(error).__name__, message=message)
@@ -124,6 +136,3 @@ class _Host:
             self._events.append(
                 StageEvent(message=message, data={"done": done, "total": total} if total else {})
             )
-
-
-_Actor: Any = ray.remote(_Host)

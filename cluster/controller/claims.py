@@ -5,17 +5,27 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.orm import Session
 
 from cluster.controller.phases import STAGES
 from cluster.state import Database
 from cluster.state.models import Job
 
+_LONGEST_WAIT_S = 300.0
+
 
 class ClaimLost(Exception):
     """The claim expired and another controller has the job now, or it left its phase."""
+
+
+def _passed(column: Any, now: float, longest_s: float) -> ColumnElement[bool]:
+    """Whether that time is over. Further away than anybody waits, it was another clock's: who set
+    ours back would have jobs wait for as long as it had been ahead.
+    """
+    return or_(column <= now, column > now + longest_s)
 
 
 class Claims:
@@ -38,8 +48,11 @@ class Claims:
             select(Job.id)
             .where(
                 Job.phase.in_(STAGES),
-                Job.not_before <= now,
-                or_(Job.lock_expires_at.is_(None), Job.lock_expires_at <= now),
+                _passed(Job.not_before, now, _LONGEST_WAIT_S),
+                or_(
+                    Job.lock_expires_at.is_(None),
+                    _passed(Job.lock_expires_at, now, max(_LONGEST_WAIT_S, 2 * self._ttl_s)),
+                ),
             )
             .order_by(Job.not_before)
             .limit(limit)

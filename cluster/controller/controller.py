@@ -110,9 +110,10 @@ class Controller:
                 with self._held_lock:
                     self._held[job_id] = token
                 self._futures.add(self._pool.submit(self._work, job_id, token))
-        if self._clock() >= self._next_sweep:
-            self._next_sweep = self._clock() + self._options.sweep_s
-            sweep.sweep(self._settings, self._database, self._store, self._runner, self._clock())
+        now, sweep_s = self._clock(), self._options.sweep_s
+        if now >= self._next_sweep or now < self._next_sweep - sweep_s:  # the clock was set back
+            self._next_sweep = now + sweep_s
+            sweep.sweep(self._settings, self._database, self._store, self._runner, now)
 
     def settle(self) -> None:
         """Wait until nothing that was begun is under way."""

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import threading
+from typing import TYPE_CHECKING
 
 from cluster.artifacts import open_store
 from cluster.controller.controller import Controller, Options
@@ -18,6 +19,9 @@ from cluster.settings import Settings
 from cluster.state import Database
 from jobs.runtime import embedded_ray
 
+if TYPE_CHECKING:
+    from cluster.controller.actors import Host
+
 
 def run_controller(
     settings: Settings,
@@ -27,20 +31,23 @@ def run_controller(
     *,
     metrics_port: int | None = None,
     metrics_host: str = "127.0.0.1",
+    host: type[Host] | None = None,
 ) -> None:
-    """Move jobs on until `stop` is set.
+    """Move jobs on until `stop` is set, or Ray is gone: then the process ends.
 
     Args:
         address: of a Ray cluster, where stages outlive this process; None: a Ray of its own, whose
             stages end with it and are taken up again, from their checkpoints, by the next one.
         metrics_port: of a page for Prometheus; None: the page of the serving pool in the same Ray,
             if one runs there, has this controller's numbers too.
+        host: what does the stages in their actors.
 
     Raises:
         SafeftError: the database has another schema, no Ray answers, or the port is taken.
     """
     # Ray takes seconds to import; nothing else here needs it.
     from cluster.controller.actors import ActorRunner
+    from cluster.controller.ray_watch import watched_ray
 
     database = Database(settings.database_url)
     database.require_current()
@@ -53,11 +60,11 @@ def run_controller(
         page = Exporter()
         page.include(source, recorder)
         page.listen(metrics_host, metrics_port)
-    with embedded_ray(address):
+    with embedded_ray(address), watched_ray():
         if metrics_port is None:
             push_for_ever(recorder, source, push_to_pool)
         controller = Controller(
-            settings, database, store, ActorRunner(), options=options, recorder=recorder
+            settings, database, store, ActorRunner(host), options=options, recorder=recorder
         )
         try:
             threading.Thread(target=registrar.run, args=[stop], daemon=True).start()

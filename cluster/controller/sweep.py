@@ -6,7 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 
 from cluster.artifacts import ArtifactError, ArtifactStore
 from cluster.artifacts.names import model_prefix
@@ -65,15 +65,17 @@ def remove_work(work: Path, database: Database) -> None:
 
 
 def remove_uploads(database: Database, store: ArtifactStore, now: float) -> None:
-    """Remove uploads that were begun and never finished."""
+    """Give up uploads that were begun and never finished; `remove_deleted` then removes them.
+
+    Their rows stay until that was done again and again: who is killed here forgets nothing.
+    """
     store.sweep(UPLOAD_S)
-    old = select(File).where(File.sha256.is_(None), File.created_at < now - UPLOAD_S)
+    unfinished = (File.sha256.is_(None), File.created_at < now - UPLOAD_S)
     with database.system() as session:
-        abandoned = [row.key for row in session.scalars(old)]
-        for row in session.scalars(old):
-            session.delete(row)
-    for key in abandoned:
-        store.delete(key)
+        session.execute(
+            update(File).where(*unfinished, File.deleted_at.is_(None)).values(deleted_at=now)
+        )
+        session.execute(delete(File).where(*unfinished, File.deleted_at < now - 2 * UPLOAD_S))
 
 
 def remove_deleted(database: Database, store: ArtifactStore, now: float) -> None:

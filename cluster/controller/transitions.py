@@ -32,6 +32,8 @@ def enter(session: Session, job: Job, phase: str, now: float) -> None:
     job.phase, job.phase_since, job.not_before, job.faults = phase, now, now, 0
     if phase in STAGES:
         new_attempt(session, job, now)
+    else:  # nobody works on it: a controller that is killed now leaves no claim behind
+        job.lock_token = job.lock_owner = job.lock_expires_at = None
     if phase in FINAL:
         job.finished_at, job.wish = now, None
     if phase in _SAID:
@@ -57,7 +59,8 @@ def new_attempt(session: Session, job: Job, now: float) -> None:
 def close_attempt(session: Session, job: Job, outcome: str, now: float) -> None:
     """Record how the current attempt ended."""
     stage = session.get_one(Stage, (job.id, job.attempt))
-    stage.ended_at, stage.outcome = now, outcome
+    stage.ended_at = max(now, stage.started_at)  # the clock may have been set back
+    stage.outcome = outcome
 
 
 def leave(session: Session, job: Job, outcome: Outcome, now: float) -> str:

@@ -6,10 +6,13 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from cluster.controller.runner import Numbers
 from cluster.metrics import METRICS
-from jobs.finetune.telemetry import StepMetrics
+
+if TYPE_CHECKING:  # it comes with torch, which a controller has no use for
+    from jobs.finetune.telemetry import StepMetrics
 
 _LIMIT = "_limit"
 

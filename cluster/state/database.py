@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session
 
+from cluster.state.group_commit import GroupCommit
 from cluster.state.sessions import TenantSession
 from safeft.errors import InputError, SafeftError
 
@@ -42,8 +41,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        # SQLite has one writer; who waits for it inside this process is served in turn.
-        self._writer: Any = threading.Lock() if self.is_sqlite else contextlib.nullcontext()
+        self._group = GroupCommit(Path(str(self.engine.url.database))) if self.is_sqlite else None
 
     @property
     def is_sqlite(self) -> bool:
@@ -56,16 +54,15 @@ class Database:
 
         Committed at the end, rolled back on an error. Keep it short: SQLite has one writer.
         """
-        with self._writer, Session(self.engine, expire_on_commit=False) as session, session.begin():
+        with Session(self.engine, expire_on_commit=False) as session, self._transaction(session):
             yield session
 
     @contextmanager
     def tenant(self, tenant_id: str) -> Iterator[TenantSession]:
         """A transaction in which only this tenant's rows exist."""
         with (
-            self._writer,
             TenantSession(tenant_id, bind=self.engine, expire_on_commit=False) as session,
-            session.begin(),
+            self._transaction(session),
         ):
             yield session
 
@@ -99,6 +96,8 @@ class Database:
                 command.upgrade(config, revision)
             else:
                 command.downgrade(config, revision)
+        if self._group is not None:
+            self._group.flush()
 
     def require_current(self) -> None:
         """Raise DatabaseError unless the schema is this version's."""
@@ -122,6 +121,9 @@ class Database:
     def close(self) -> None:
         """Close the pooled connections."""
         self.engine.dispose()
+
+    def _transaction(self, session: Session) -> AbstractContextManager[Any]:
+        return session.begin() if self._group is None else self._group.transaction(session)
 
     def _reader(self) -> Engine:
         return self.engine.execution_options(**{_READ: True})
@@ -161,8 +163,8 @@ def _engine(url: str) -> Engine:
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.isolation_level = None  # the driver starts no transaction; _begin_sqlite does
     connection.execute("PRAGMA journal_mode=WAL")
-    # An answered request is on the disk, also when the power goes.
-    connection.execute("PRAGMA synchronous=FULL")
+    # An answered request is on the disk, also when the power goes: GroupCommit sees to it.
+    connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
 
 

@@ -19,6 +19,8 @@ from cluster.state.models import AuditEntry, Lock
 from safeft.errors import SafeftError
 
 ORIGIN = "0" * 64
+_LOCK = select(Lock.name).where(Lock.name == "audit").with_for_update(key_share=True)
+_LAST = select(AuditEntry.seq, AuditEntry.sha256).order_by(AuditEntry.seq.desc()).limit(1)
 _FIELDS = ("at", "actor", "tenant_id", "action", "object_id", "before", "after", "reason")
 
 
@@ -81,12 +83,8 @@ def record(
     session.flush()
     # The connection itself, because a tenant's session does not reach this table.
     connection = session.connection()
-    connection.execute(
-        select(Lock.name).where(Lock.name == "audit").with_for_update(key_share=True)
-    )
-    last = connection.execute(
-        select(AuditEntry.seq, AuditEntry.sha256).order_by(AuditEntry.seq.desc()).limit(1)
-    ).one_or_none()
+    connection.execute(_LOCK)
+    last = connection.execute(_LAST).one_or_none()
     link = Link(
         seq=last.seq + 1 if last else 1,
         at=at,
@@ -101,7 +99,7 @@ def record(
         sha256="",
     )
     link.sha256 = link.hash()
-    connection.execute(insert(AuditEntry).values(**link.model_dump()))
+    connection.execute(insert(AuditEntry), link.model_dump())
 
 
 def entries(session: Session, after: int = 0, limit: int | None = None) -> Iterator[Link]:

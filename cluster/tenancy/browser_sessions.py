@@ -14,7 +14,7 @@ from sqlalchemy import delete, select
 from cluster.state import Database
 from cluster.state.models import ApiKey, BrowserSession, Tenant
 from cluster.tenancy.audit import record
-from cluster.tenancy.keys import Caller, authenticate, caller_of
+from cluster.tenancy.keys import CALLER, Caller, authenticate, caller_of
 
 SESSION_S = 4 * 3600.0  # from the login, however much it is used
 
@@ -51,12 +51,12 @@ def session_caller(database: Database, token: str, now: float) -> Caller | None:
     """Whose session this is; None where it has ended, or its key has."""
     with database.system_read() as session:
         found = session.execute(
-            select(ApiKey, Tenant)
+            select(*CALLER)
             .join(BrowserSession, BrowserSession.key_id == ApiKey.id)
             .join(Tenant, Tenant.id == ApiKey.tenant_id)
             .where(BrowserSession.token_sha256 == _hash(token), BrowserSession.expires_at > now)
         ).one_or_none()
-    return None if found is None else caller_of(*found, now)
+    return None if found is None else caller_of(found, now)
 
 
 def close_session(database: Database, token: str) -> None:

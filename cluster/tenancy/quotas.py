@@ -9,11 +9,16 @@ from collections.abc import Callable
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from cluster.controller.phases import FINAL
+from cluster.controller.phases import STAGES, WAITING
 from cluster.state import TenantSession
 from cluster.state.models import ChatUsage, File, Job, Stage, Tenant
 from safeft.errors import SafeftError
 
+# By the phases that count, and of nothing but them: then the index alone is looked at.
+_UNFINISHED = select(func.count(Job.phase)).where(Job.phase.in_((*WAITING, *STAGES)))
+# Not a plain FOR UPDATE: every row that refers to the tenant holds its key shared already, and two
+# requests that each held it and wanted more would wait for each other.
+_LOCKED = select(Tenant).with_for_update(key_share=True)
 METERED = ("training", "evaluating", "restoring")
 _SECONDS = func.sum((Stage.ended_at - Stage.started_at) * Stage.slots)
 
@@ -22,11 +27,10 @@ class QuotaExceeded(SafeftError):
     """The tenant has all that it may have; the message names the quota."""
 
 
-def check_submit(session: TenantSession) -> None:
-    """Raise QuotaExceeded unless one more job may be submitted. Locks the tenant's row."""
+def check_submit(session: TenantSession) -> Tenant:
+    """The tenant, its row locked; QuotaExceeded unless one more job may be submitted."""
     tenant = _locked(session)
-    unfinished = select(func.count(Job.id)).where(Job.phase.not_in(FINAL))
-    if session.scalars(unfinished).one() >= tenant.max_open_jobs:
+    if session.scalars(_UNFINISHED).one() >= tenant.max_open_jobs:
         raise QuotaExceeded(
             f"max_open_jobs: {tenant.max_open_jobs} jobs are open; wait for one or cancel it"
         )
@@ -37,6 +41,7 @@ def check_submit(session: TenantSession) -> None:
                 f"max_gpu_seconds: {used:.0f} of {tenant.max_gpu_seconds:.0f} worker-seconds are "
                 "used; ask an administrator for more"
             )
+    return tenant
 
 
 def storage_left(session: TenantSession, *, lock: bool = False) -> int:
@@ -101,9 +106,7 @@ def chat_usage(session: TenantSession) -> dict[str, int]:
 
 
 def _locked(session: TenantSession) -> Tenant:
-    # Not a plain FOR UPDATE: every row that refers to the tenant holds its key shared already, and
-    # two requests that each held it and wanted more would wait for each other.
-    return session.scalars(select(Tenant).with_for_update(key_share=True)).one()
+    return session.scalars(_LOCKED).one()
 
 
 class RateLimiter:

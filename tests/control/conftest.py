@@ -14,6 +14,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cluster.state import Database
+from tests.control import ceph as ceph_server
 from tests.control.postgresql import binary, execute, own_postgres
 
 
@@ -22,8 +23,8 @@ def postgres() -> Iterator[str]:
     """URL template of a PostgreSQL of our own."""
     if binary("initdb") is None or binary("postgres") is None:
         pytest.skip("no PostgreSQL here: `apt install postgresql` runs these tests on it too")
-    with own_postgres("fsync=off") as template:
-        yield template
+    with own_postgres("fsync=off") as server:
+        yield server.template
 
 
 @pytest.fixture(scope="session")
@@ -94,12 +95,44 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[str]:
+    """The address of a Ceph gateway of our own."""
+    if missing := ceph_server.missing():
+        pytest.skip(f"no Ceph here ({missing[0]}): `apt install ceph-mon ceph-osd radosgw`")
+    with ceph_server.own_ceph() as url:
+        yield url
+
+
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def moto_bucket(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    return _bucket(endpoint, "test", "test", monkeypatch, request)
+
+
+@pytest.fixture
+def ceph_bucket(ceph: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    access, secret = ceph_server.ACCESS, ceph_server.SECRET
+    return _bucket(ceph, access, secret, monkeypatch, request)
+
+
+@pytest.fixture
+def bucket(moto_bucket: str) -> str:
+    return moto_bucket
+
+
+def _bucket(
+    endpoint: str,
+    access: str,
+    secret: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> str:
     for name, value in {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ACCESS_KEY_ID": access,
+        "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)

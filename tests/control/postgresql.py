@@ -22,41 +22,67 @@ def binary(name: str) -> str | None:
     return str(versions[-1]) if versions else None
 
 
+class Server:
+    """A server on a Unix socket, with its data in a directory of its own.
+
+    Attributes:
+        template: its URL, with ``{name}`` for the database.
+    """
+
+    def __init__(self, *settings: str) -> None:
+        initdb = binary("initdb")
+        assert initdb is not None
+        self._settings = settings
+        # PostgreSQL refuses to run as root.
+        user = "postgres" if os.geteuid() == 0 else None
+        self._home = Path(tempfile.mkdtemp(prefix="safeft-pg-"))
+        if user:
+            shutil.chown(self._home, user)
+        environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
+        self._run = {"user": user, "cwd": self._home, "env": environment}
+        subprocess.run(
+            [initdb, "-D", "data", "-U", "safeft", "--auth=trust", "-E", "UTF8", "--no-sync"],
+            check=True,
+            capture_output=True,
+            **self._run,  # type: ignore[call-overload]
+        )
+        self.template = "postgresql://safeft@/{name}?host=" + str(self._home)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        server = binary("postgres")
+        assert server is not None
+        directory = f"unix_socket_directories={self._home}"
+        chosen = ["listen_addresses=", directory, "max_connections=200", *self._settings]
+        with (self._home / "log").open("ab") as log:
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(
+                [server, "-D", "data", *(f"--{setting}" for setting in chosen)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                **self._run,  # type: ignore[call-overload]
+            )
+        _await(self.template.format(name="postgres"), self._process)
+
+    def stop(self) -> None:
+        """Stop it: whoever is connected is thrown out."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait()
+
+    def remove(self) -> None:
+        """Remove its data."""
+        shutil.rmtree(self._home)
+
+
 @contextlib.contextmanager
-def own_postgres(*settings: str) -> Iterator[str]:
-    """URL template (``{name}``) of a server on a Unix socket; it vanishes at the end."""
-    initdb, server = binary("initdb"), binary("postgres")
-    assert initdb is not None and server is not None
-    # PostgreSQL refuses to run as root.
-    user = "postgres" if os.geteuid() == 0 else None
-    home = Path(tempfile.mkdtemp(prefix="safeft-pg-"))
-    if user:
-        shutil.chown(home, user)
-    data = home / "data"
-    run = {"user": user, "cwd": home, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}}
-    subprocess.run(
-        [initdb, "-D", data, "-U", "safeft", "--auth=trust", "-E", "UTF8", "--no-sync"],
-        check=True,
-        capture_output=True,
-        **run,
-    )
-    chosen = ["listen_addresses=", f"unix_socket_directories={home}", "max_connections=200"]
-    log = (home / "log").open("wb")
-    process = subprocess.Popen(
-        [server, "-D", data, *(f"--{setting}" for setting in (*chosen, *settings))],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        **run,
-    )
-    template = "postgresql://safeft@/{name}?host=" + str(home)
+def own_postgres(*settings: str) -> Iterator[Server]:
+    """A running server; it vanishes at the end."""
+    server = Server(*settings)
     try:
-        _await(template.format(name="postgres"), process)
-        yield template
+        server.start()
+        yield server
     finally:
-        process.send_signal(signal.SIGINT)  # ends open connections too
-        process.wait()
-        log.close()
-        shutil.rmtree(home)
+        server.stop()
+        server.remove()
 
 
 def _await(url: str, process: subprocess.Popen[bytes]) -> None:

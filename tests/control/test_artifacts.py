@@ -1,4 +1,4 @@
-"""Artifact stores: the same promises from a directory and from S3 (moto's server, real HTTP)."""
+"""Artifact stores: the same promises from a directory and from S3 (moto's server, and Ceph's)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ from safeft.errors import InputError
 BIG = bytes(range(256)) * (2 * PART // 256) + b"the last part"
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture(params=["directory", "moto", "ceph"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     if request.param == "directory":
         return open_store(f"file://{tmp_path}/store")
-    return open_store(f"s3://{request.getfixturevalue('bucket')}/some/prefix")
+    return open_store(f"s3://{request.getfixturevalue(f'{request.param}_bucket')}/some/prefix")
+
+
+@pytest.fixture(params=["moto", "ceph"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """On each of the two: a stand-in for S3, and a real server where it is installed."""
+    name: str = request.getfixturevalue(f"{request.param}_bucket")
+    return name
 
 
 def put(store: ArtifactStore, key: str, content: bytes, max_bytes: int | None = None) -> Stored:
@@ -72,16 +79,36 @@ def test_a_name_keeps_its_first_content(store: ArtifactStore, data: bytes) -> No
     assert store.sweep(-60) == 0  # neither left an upload behind
 
 
-def test_of_several_that_publish_one_name_at_once_one_wins(store: ArtifactStore) -> None:
+@pytest.mark.parametrize("size", [40, PART + 1], ids=["one put", "multipart"])
+def test_of_several_that_publish_one_name_at_once_one_wins(store: ArtifactStore, size: int) -> None:
     def publish(number: int) -> str | None:
         try:
-            return put(store, "models/m", b"%d" % number * 40).sha256
+            return put(store, "models/m", b"%d" % number * size).sha256
         except ArtifactExists:
             return None
 
-    with ThreadPoolExecutor(6) as pool:
-        winners = [sha for sha in pool.map(publish, range(6)) if sha]
+    with ThreadPoolExecutor(4) as pool:
+        winners = [sha for sha in pool.map(publish, range(4)) if sha]
     assert winners == [digest(store, "models/m").sha256]
+    assert list(store.keys("")) == ["models/m"]
+    assert store.sweep(-60) == 0
+
+
+def test_who_is_killed_while_it_publishes_keeps_the_name_for_its_content(bucket: str) -> None:
+    store = S3Store(bucket)
+    writer = store.writer("models/m").__enter__()
+    writer.write(BIG)
+    killed = store.claimed("models/m", hashlib.sha256(BIG).hexdigest())
+    killed.__enter__()
+    with pytest.raises(ArtifactExists, match="models/m"):
+        put(store, "models/m", BIG + b"!")
+    put(store, "models/m", BIG)  # its next attempt
+    assert content(store, "models/m") == BIG
+    store.delete("models/m")
+    store.claimed("models/m", "another's").__enter__()
+    assert store.sweep(-60) == 1  # the upload, and the claim with it
+    put(store, "models/m", BIG)
+    assert list(store.keys("")) == ["models/m"]
 
 
 def test_too_much_is_refused_and_leaves_nothing(store: ArtifactStore) -> None:

@@ -436,5 +436,11 @@ def test_the_sweep_removes_what_killed_processes_left(lite: World) -> None:
     assert [path.name for path in lite.settings.work.iterdir()] == ["ftjob-2"]
     assert list(lite.store.keys("")) == ["files/fresh"]
     with lite.database.system_read() as session:
-        assert set(session.scalars(select(File.id))) == {"file-1", "fresh", "deleted"}
+        files = {file.id: file.deleted_at for file in session.scalars(select(File))}
+        assert set(files) == {"file-1", "fresh", "deleted", "old"}
+        assert files["old"] == lite.now and files["fresh"] is None
         assert [row.key for row in session.scalars(select(IdempotentAnswer))] == ["b"]
+    lite.now += 3 * day
+    sweep.sweep(lite.settings, lite.database, lite.store, lite.runner, lite.now)
+    with lite.database.system_read() as session:
+        assert session.get(File, "old") is None

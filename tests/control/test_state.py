@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,8 +105,10 @@ def test_a_tenants_session_writes_nothing_of_another(database: Database) -> None
     a, b = add_tenant(database, "ten_a"), add_tenant(database, "ten_b")
     with pytest.raises(PermissionError), database.tenant(a) as session:
         session.add(file_row(b, "file-b"))
+    with pytest.raises(PermissionError), database.tenant(a) as session:
+        session.insert(file_row(b, "file-b"))
     with database.tenant(a) as session:
-        session.add(file_row(a, "file-a"))
+        session.insert(file_row(a, "file-a"))
     with pytest.raises(PermissionError), database.tenant(a) as session:
         found = session.get(File, "file-a")
         assert found is not None
@@ -179,9 +182,24 @@ def test_the_audit_table_can_only_grow(database: Database) -> None:
             session.execute(text(statement))
 
 
-def test_sqlite_is_durable_and_in_wal_mode(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path}/deep/state.db")
+def test_sqlite_is_in_wal_mode_and_what_was_written_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep/state.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
     with database.system_read() as session:
         assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
-        assert session.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
+        assert session.execute(text("PRAGMA synchronous")).scalar() == 1  # SQLite flushes no log
+    sizes, fsync, log = [], os.fsync, Path(f"{path}-wal")
+
+    def counted(descriptor: int) -> None:
+        assert os.path.sameopenfile(descriptor, os.open(log, os.O_RDONLY))
+        sizes.append(log.stat().st_size)
+        fsync(descriptor)
+
+    before = log.stat().st_size
+    monkeypatch.setattr(os, "fsync", counted)
+    add_tenant(database)
+    assert [size > before for size in sizes] == [True]  # once, after the commit
     database.close()
