@@ -93,4 +93,5 @@ class _OfEqualRank:
         digest = hashlib.sha256(f"{self._seed} {module_name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         drawn = torch.randn(*shape, dtype=torch.float64, generator=generator)
-        return torch.linalg.qr(drawn)[0].float()
+        orthonormal: Tensor = torch.linalg.qr(drawn).Q
+        return orthonormal.float()
