@@ -22,6 +22,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)")
+#: Extras that need another environment than ours, with other versions: nothing of them is here.
+_ELSEWHERE = {"vllm"}
 #: Used without an import: drivers, what moto needs for its server, types.
 _NOT_IMPORTED = {"psycopg", "flask", "flask-cors", "types-pyyaml"}
 _TOOLS = {"ruff", "mypy", "pytest", "pytest-xdist"}
@@ -56,7 +58,9 @@ def pins(text: str) -> tuple[dict[str, Version], list[str]]:
 
 def declared(project: dict[str, object]) -> tuple[list[Requirement], list[str]]:
     """What pyproject.toml asks for, extras among it, and what it names twice."""
-    lists = [project["dependencies"], *dict(project["optional-dependencies"]).values()]  # type: ignore[call-overload]
+    extras = dict(project["optional-dependencies"])  # type: ignore[call-overload]
+    here = [extra for name, extra in extras.items() if name not in _ELSEWHERE]
+    lists = [project["dependencies"], *here]
     all_of_them = [Requirement(text) for some in lists for text in some]
     counts = Counter(canonical(one.name) for one in all_of_them)
     twice = [f"pyproject.toml: {name} is there twice" for name, n in counts.items() if n > 1]

@@ -52,7 +52,8 @@ def up(
         int, typer.Option(min=0, max=65535, help="Where it listens; 0: any free port.")
     ] = 9490,
     engine: Annotated[
-        EngineName, typer.Option(help="What the replicas run; vllm: for GPUs, needs safeft[vllm].")
+        EngineName,
+        typer.Option(help="What the replicas run; vllm: for GPUs, needs the extra of that name."),
     ] = "transformers",
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of the base model.")] = 1,
     max_replicas: Annotated[
