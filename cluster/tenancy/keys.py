@@ -95,7 +95,7 @@ def authenticate(database: Database, shown: str, now: float) -> Caller | None:
     return caller_of(found, now)
 
 
-def caller_of(found: Row[Any], now: float) -> Caller | None:
+def caller_of(found: Row[*tuple[Any, ...]], now: float) -> Caller | None:
     """Who calls, from the `CALLER` columns; None: the key has ended, or its tenant is suspended."""
     if found.revoked_at is not None or found.suspended_at is not None:
         return None

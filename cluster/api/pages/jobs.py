@@ -116,8 +116,9 @@ def _done(job: Job, event: JobEvent | None) -> int | None:
     if event is None or job.phase not in STAGES:
         return None
     done, total = event.data.get("done"), event.data.get("total")
-    told = isinstance(done, int) and isinstance(total, int) and 0 <= done <= total and total > 0
-    return 100 * done // total if told else None
+    if not isinstance(done, int) or not isinstance(total, int):
+        return None
+    return 100 * done // total if 0 <= done <= total and total else None
 
 
 @router.get("/jobs/{job_id}")

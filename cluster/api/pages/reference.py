@@ -71,8 +71,8 @@ def _operation(method: str, path: str, found: dict[str, Any]) -> Operation:
         )
         for one in found.get("parameters", [])
     ]
-    body = found.get("requestBody")
-    for kind, content in (body or {}).get("content", {}).items():
+    body = found.get("requestBody", {})
+    for kind, content in body.get("content", {}).items():
         schema = content.get("schema", {})
         parameters.append(Parameter(kind, "body", _type(schema), body.get("required", False), ""))
     return Operation(method.upper(), path, found.get("description", ""), parameters)
