@@ -351,7 +351,7 @@ def test_the_page_says_what_was_measured_and_what_was_not(tmp_path: Path) -> Non
     assert "+20.0 points (p = 1.8e-12)" in text  # the default against its random control
     assert "**met**" in text and "**reproduced**" in text and "**not run**" in text
     assert "2 cells, which take about 1.5 h." in text
-    assert "| final: GSM8K, 20% harmful rows | `l2-1` (1, 2) |" in text
+    assert "| final: GSM8K, 20% of 120 rows harmful, 3 epochs | `l2-1` (1, 2) |" in text
     (image,) = images.items()
     assert f"(images/{image[0]})" in text and len(image[1]) < 150_000
     empty, none = render(Results(cells=[], failed={}, waiting=[], waiting_hours=None))

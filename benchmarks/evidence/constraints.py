@@ -31,9 +31,9 @@ from safeft.progress import Progress
 from safeft.prompts import KINDS, Split, load_prompts
 
 PART, MODEL = "constraints", "demo:aligned"
-# After one epoch of 160 rows of GSM8K, a tenth harmful, plain training had kept 74 of 80 refusals
-# (77 before): nothing to protect from. These are the demo's.
-ROWS, EPOCHS = 120, 3
+ROWS, EPOCHS = 120, 3  # as in the demo
+#: A shorter training, of which one tenant shows how much harm its length does.
+SHORT_ROWS, SHORT_EPOCHS = 160, 1
 MAX_TOKENS, ANSWER_TOKENS = 256, 16
 SEEDS = (0, 1, 2)
 #: Training on a row once takes about as long as so many answers to prompts.
@@ -82,6 +82,9 @@ def cells() -> list[Cell]:
     grid = [cell(arm, "gsm8k", 0.1, "validation") for arm in ARMS]
     grid += [cell(arm, "sorting", 0.1, "validation") for arm in ARMS if arm not in GSM8K_ONLY]
     grid += [
+        cell(arm, "gsm8k", 0.1, "validation", rows=SHORT_ROWS, epochs=SHORT_EPOCHS) for arm in CORE
+    ]
+    grid += [
         cell(arm, "gsm8k", 0.1, "validation", style="obedient")
         for arm in ("before", *CORE, "project-all-response")
     ]
@@ -94,15 +97,23 @@ def cells() -> list[Cell]:
     return grid
 
 
-def training(seed: int) -> TrainingSpec:
-    """The same for all cells, but for the seed."""
+def training(seed: int, epochs: int = EPOCHS) -> TrainingSpec:
+    """The same for all cells, but for the seed and the length."""
     return TrainingSpec(
-        epochs=EPOCHS, batch_size=8, learning_rate=1e-3, schedule="cosine", seed=seed
+        epochs=epochs, batch_size=8, learning_rate=1e-3, schedule="cosine", seed=seed
     )
 
 
 def cell(
-    arm: str, task: Task, share: float, split: Split, seed: int = 0, style: Style = "plain"
+    arm: str,
+    task: Task,
+    share: float,
+    split: Split,
+    seed: int = 0,
+    style: Style = "plain",
+    *,
+    rows: int = ROWS,
+    epochs: int = EPOCHS,
 ) -> Cell:
     """One arm on one tenant."""
     what = ARMS[arm]
@@ -113,15 +124,16 @@ def cell(
         harmful_share=share if what.trained else 0.0,
         style=style,
         trained=what.trained,
-        rows=ROWS if what.trained else 0,
+        rows=rows if what.trained else 0,
         constraints=what.constraints,
         safety_rows=what.safety_rows,
         lora=LORA,
-        training=training(seed),
+        training=training(seed, epochs),
         split=split,
     )
     tenant = f"{task}-{100 * share:g}" if what.trained else task
     tenant += "-obedient" if style == "obedient" else ""
+    tenant += "" if (rows, epochs) == (ROWS, EPOCHS) else f"-{rows}x{epochs}"
     stage = "sweep" if split == "validation" else "final"
     return Cell(PART, f"{stage}-{tenant}-{arm}-seed-{seed}", setting)
 

@@ -94,7 +94,11 @@ def _head(results: Results) -> str:
         ),
         ("versions", versions),
         ("measured on", counts),
-        ("command", "`python -m benchmarks.evidence --gsm8k FILE --output DIR --json FILE`"),
+        (
+            "command",
+            "`python -m benchmarks.evidence --gsm8k FILE --output DIR --json FILE`, once for each "
+            "processor: a cell uses one, and runners share a directory",
+        ),
         ("one cell again", "`python -m benchmarks.evidence rerun DIR/constraints/CELL`"),
     ]
     return "\n\n".join([*lines, table(("", ""), facts)])

@@ -76,6 +76,8 @@ class Tenant:
     task: str
     share: float
     style: str
+    rows: int
+    epochs: int
 
     @property
     def task_title(self) -> str:
@@ -84,13 +86,15 @@ class Tenant:
 
     @property
     def title(self) -> str:
-        return f"{self.task_title}, {self.share:.0%} harmful rows"
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        return f"{self.task_title}, {self.share:.0%} of {self.rows} rows harmful, {epochs}"
 
     @property
     def key(self) -> str:
         """Part of a file's name."""
         end = "-obedient" if self.style == "obedient" else ""
-        return f"{self.stage}-{self.task}-{100 * self.share:g}{end}"
+        length = f"{self.rows}x{self.epochs}"
+        return f"{self.stage}-{self.task}-{100 * self.share:g}{end}-{length}"
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,14 @@ def tenant_of(cell: Planned) -> Tenant:
     """Which tenant a cell belongs to."""
     setting = cell.setting
     stage: Literal["sweep", "final"] = "sweep" if setting["split"] == "validation" else "final"
-    return Tenant(stage, setting["task"], setting["harmful_share"], setting["style"])
+    return Tenant(
+        stage,
+        setting["task"],
+        setting["harmful_share"],
+        setting["style"],
+        setting["rows"],
+        setting["training"]["epochs"],
+    )
 
 
 def _same_measurement(tenant: Tenant, records: Sequence[Record]) -> None:
