@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
@@ -21,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,9 @@ def run(home: Path, kills: int, jobs: int, every: float, seed: int) -> dict[str,
         "ray_processes_that_outlived_it": leftovers,
         "stages_begun_twice_by_one_name": len(begun_twice(home)),
         "seconds": round(time.monotonic() - began),
+        "seed": seed,
+        "cpus": os.cpu_count(),
+        "versions": {name: version(name) for name in ("ray", "sqlalchemy", "fastapi")},
         "wrong": wrong,
     }
 

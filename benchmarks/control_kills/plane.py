@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -243,10 +244,10 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_until(met: object, seconds: float, what: str) -> None:
+def wait_until(met: Callable[[], object], seconds: float, what: str) -> None:
     """Poll; TimeoutError with `what` after so many seconds."""
     deadline = time.monotonic() + seconds
-    while not met():  # type: ignore[operator]
+    while not met():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not after {seconds:g} s")
         time.sleep(0.2)

@@ -15,11 +15,12 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 ACCESS, SECRET = "tester", "tester-secret"
+_PATIENCE_S = 300.0  # of a busy machine; an idle one takes 15
 _CONFIG = """
 [global]
 fsid = {fsid}
@@ -79,7 +80,7 @@ def own_ceph() -> Iterator[str]:
 
     def run(*command: str) -> str:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S
         )
         assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
         return done.stdout
@@ -130,9 +131,9 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _await(met: object) -> None:
-    deadline = time.monotonic() + 120
-    while not met():  # type: ignore[operator]
+def _await(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not met():
         assert time.monotonic() < deadline, "Ceph did not start"
         time.sleep(0.3)
 
