@@ -67,6 +67,7 @@ def restore(work: Workspace) -> Report:
             adapter=work.published_adapter(),
             screening=work.screening,
             policy=work.task.policy.screening,
+            on_step=work.watch.step,
         )
     except ModelError:
         raise  # the operator's, or the network's: tried again

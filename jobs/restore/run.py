@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from jobs.evaluate import evaluate
 from jobs.finetune import Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
+from jobs.finetune.telemetry import OnStep, unheard
 from jobs.pipeline import TRAINING, Opened, Screened, open_job, read_data, screen_data
 from jobs.policy import PolicyFile
 from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
@@ -98,8 +99,13 @@ def train_restoration(
     output: Path | None = None,
     screening: Path | None = None,
     policy: PolicyFile | None = None,
+    on_step: OnStep = unheard,
 ) -> TrainedRestoration:
-    """The first half of `restore_job`, which finds it done when it is called afterwards."""
+    """The first half of `restore_job`, which finds it done when it is called afterwards.
+
+    Args:
+        on_step: see `finetune`.
+    """
     adapter = adapter or spec.output / TRAINING / "adapter"
     output = output or spec.output / "restoration"
     if is_whole_model(adapter):
@@ -124,6 +130,7 @@ def train_restoration(
             profile=profile,
             output=output,
             progress=progress,
+            on_step=on_step,
         )
     return TrainedRestoration(opened, found, data.held_out, adapter, output, manifest)
 
@@ -176,6 +183,7 @@ def restore(
     profile: SafetyProfile,
     output: Path,
     progress: Progress = silent,
+    on_step: OnStep = unheard,
 ) -> Restoration:
     """Train a restoration and leave it in ``<output>/candidate``, unmeasured.
 
@@ -231,6 +239,7 @@ def restore(
             profile=ProfileFiles(reactivation=output / _PREPARED / TARGETS),
             output=output / TRAINING,
             progress=progress,
+            on_step=on_step,
         )
         manifest = _publish(spec, bound, adapter, model_dir, trained.weights, output / CANDIDATE)
         shutil.rmtree(output / _PREPARED)  # it holds a copy of the whole model
