@@ -60,6 +60,10 @@ rgw lc debug interval = -1
 """
 
 
+class NotStarted(Exception):
+    """It is installed and does not run here: not a matter of what is tested on it."""
+
+
 def missing() -> list[str]:
     """The programs that are not installed here."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
@@ -67,7 +71,11 @@ def missing() -> list[str]:
 
 @contextlib.contextmanager
 def own_ceph() -> Iterator[str]:
-    """The gateway's address. Its user has the credentials ACCESS and SECRET."""
+    """The gateway's address. Its user has the credentials ACCESS and SECRET.
+
+    Raises:
+        NotStarted: with Ceph's own words.
+    """
     home = Path(tempfile.mkdtemp(prefix="safeft-ceph-", dir="/tmp"))  # sockets need a short path
     mon, gateway = _free_ports(2)
     fsid = str(uuid.uuid4())
@@ -82,7 +90,8 @@ def own_ceph() -> Iterator[str]:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S
         )
-        assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+        if done.returncode != 0:
+            raise NotStarted(f"{' '.join(command)}: {done.stderr[-300:]}")
         return done.stdout
 
     def start(*command: str) -> subprocess.Popen[bytes]:
@@ -134,7 +143,8 @@ def _answers(url: str) -> bool:
 def _await(met: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while not met():
-        assert time.monotonic() < deadline, "Ceph did not start"
+        if time.monotonic() > deadline:
+            raise NotStarted(f"not after {_PATIENCE_S:g} s")
         time.sleep(0.3)
 
 
