@@ -7,12 +7,13 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cluster.api_errors import ApiError, install
 from cluster.metrics import Recorder
@@ -76,6 +77,21 @@ class _Counted:
         self.outcome = "ok"
         took = time.monotonic() - self._began
         self._recorder.observe("safeft_request_seconds", took, route=self._route)
+
+
+class _Stream(StreamingResponse):
+    """Events that end with their response.
+
+    Starlette leaves the iterator of a client that went away to the garbage collector, which may
+    take its time; until then the answer would count as one that is being given.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            assert isinstance(self.body_iterator, AsyncGenerator)
+            await self.body_iterator.aclose()
 
 
 class Gateway:
@@ -156,7 +172,7 @@ class Gateway:
             events = self._events(
                 shape, items, started, body, leave, deadline, counted, stack.pop_all()
             )
-            return StreamingResponse(
+            return _Stream(
                 events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
 
@@ -184,7 +200,7 @@ class Gateway:
         deadline: float,
         counted: _Counted,
         stack: contextlib.ExitStack,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """The text of a stream; `stack` holds what ends with it."""
         tokens = [0] * body.n
         try:
