@@ -116,16 +116,16 @@ def _list(wanted: Sequence[Cell], everything: Sequence[Cell], store: Store) -> N
     records = [(cell, record) for cell in everything if (record := store.record(cell)) is not None]
     estimates, finished = Estimates(records), {cell.path for cell, _ in records}
     table = Table("cell", "state", "minutes")
-    total, unknown = 0.0, False
+    total, unknown = 0.0, 0
     for cell in wanted:
         seconds = estimates.seconds(cell)
         state = "finished" if cell.path in finished else "failed" if store.error(cell) else ""
         table.add_row(cell.path, state, "?" if seconds is None else f"{seconds / 60:.1f}")
         if state != "finished":
-            total, unknown = total + (seconds or 0.0), unknown or seconds is None
+            total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
     console.print(table)
-    told = "an unknown time: no cell is finished" if unknown else f"about {total / 3600:.1f} h"
-    console.print(f"{len(wanted)} cells; what is left takes {told}")
+    rest = f", without {unknown} cells of parts of which none is finished" if unknown else ""
+    console.print(f"{len(wanted)} cells; what is left takes about {total / 3600:.1f} h{rest}")
 
 
 if __name__ == "__main__":
