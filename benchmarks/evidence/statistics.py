@@ -52,7 +52,7 @@ def exact_two_sided(a: int, b: int) -> float:
     """The binomial test of an even split."""
     n = a + b
     tail = sum(math.comb(n, i) for i in range(min(a, b) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * tail / math.pow(2, n))
 
 
 def majority(runs: Sequence[str]) -> str:
