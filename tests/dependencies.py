@@ -33,6 +33,7 @@ _PART_OF = {
     "grpcio": "ray",
     "huggingface-hub": "transformers",
     "markupsafe": "jinja2",
+    "pillow": "matplotlib",
     "pydantic-core": "pydantic",
     "starlette": "fastapi",
     "tokenizers": "transformers",
