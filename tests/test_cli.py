@@ -195,7 +195,8 @@ def test_a_job_trains_on_its_data_and_refusals_and_is_published_when_the_gate_pa
     # Random weights refuse nothing; the floor under the baseline is another test's concern.
     import jobs.gate
     from jobs.finetune.batches import RowTable, rows_to_table
-    from jobs.pipeline import read_dataset, run_job
+    from jobs.intake import read_dataset
+    from jobs.pipeline import run_job
     from jobs.spec import load_spec
     from safeft.own_refusals import refusal_row
 

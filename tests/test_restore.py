@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from cluster.cli.main import app
 from jobs.evaluate import Evaluation
-from jobs.pipeline import read_dataset
+from jobs.intake import read_dataset
 from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
 from jobs.restore import Restoration, restore
 from jobs.restore.prepare import _compared, _retained
@@ -226,12 +226,12 @@ def test_a_restoration_on_rejected_data_is_measured_but_not_published(
         (output / "candidate").mkdir(parents=True)
         return Restoration.model_construct(name="tiny")
 
-    monkeypatch.setattr("jobs.pipeline.screen", screen)
-    monkeypatch.setattr("jobs.restore.run.read_scores", lambda _: scored)
-    monkeypatch.setattr("jobs.restore.run.embedded_ray", lambda _: nullcontext())
-    monkeypatch.setattr("jobs.restore.run.restore", train)
-    monkeypatch.setattr("jobs.restore.run.evaluate", lambda *_, **__: evaluation(110, task=0.5))
-    monkeypatch.setattr("jobs.pipeline.baseline", lambda _: evaluation(110))
+    monkeypatch.setattr("jobs.intake.screen", screen)
+    monkeypatch.setattr("jobs.restore.job.read_scores", lambda _: scored)
+    monkeypatch.setattr("jobs.restore.job.embedded_ray", lambda _: nullcontext())
+    monkeypatch.setattr("jobs.restore.job.restore", train)
+    monkeypatch.setattr("jobs.restore.job.evaluate", lambda *_, **__: evaluation(110, task=0.5))
+    monkeypatch.setattr("jobs.intake.baseline", lambda _: evaluation(110))
 
     limits = str(spec_file.parent / "limits.yaml")
     assert not app(["restore", str(spec_file), "--policy", limits], standalone_mode=False)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.pipeline import screen_file
+from jobs.intake import screen_file
 from jobs.runtime import embedded_ray
 from jobs.verdict import Verdict, decide, read_scores
 from safeft.errors import InputError, MeasurementError, ProfileError
@@ -124,7 +124,7 @@ def test_the_stage_scores_every_row_once_in_order_as_the_scorer_alone_does(
     assert [s["line"] for s in scores] == list(range(1, 71))
     assert seen[-1] == (70, 70)
 
-    from jobs.pipeline import read_dataset
+    from jobs.intake import read_dataset
 
     rows = read_dataset(data, tiny_dir, 512).tokenised
     alone = SqsdScorer(

@@ -10,7 +10,8 @@ import pytest
 
 import jobs.gate
 from jobs.finetune.manifest import read_manifest
-from jobs.pipeline import run_job, screen_file
+from jobs.intake import screen_file
+from jobs.pipeline import run_job
 from jobs.policy import Override, PolicyFile
 from jobs.review import record_decision
 from jobs.runtime import embedded_ray

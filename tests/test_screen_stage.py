@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.pipeline import read_dataset, require_screened, screen_file
+from jobs.intake import read_dataset, require_screened, screen_file
 from jobs.runtime import embedded_ray
 from jobs.screen import screen
 from jobs.screening import scorer as scorer_module

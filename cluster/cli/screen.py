@@ -72,7 +72,7 @@ def screen(
     verdict are kept for the training job. A screening that was interrupted goes on when it is run
     again.
     """
-    from jobs.pipeline import screen_file
+    from jobs.intake import screen_file
     from jobs.policy import read_policy
     from jobs.report.screen_page import report_screening
 

@@ -16,7 +16,8 @@ from cluster.controller.runner import Report, StageTask
 from cluster.controller.watch import Watch
 from cluster.controller.workspace import Workspace
 from cluster.tenancy.cost import expected
-from jobs.pipeline import read_dataset, screen_file, train_job
+from jobs.intake import read_dataset, screen_file
+from jobs.pipeline import train_job
 from jobs.verdict import iter_scores, known_score
 from safeft.cache import is_disk_full
 from safeft.errors import (

@@ -21,8 +21,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +33,10 @@ from cluster.serving.engine import (
     EngineError,
     EngineLimits,
     EngineStats,
-    FinishReason,
     Request,
     check_request,
 )
+from cluster.serving.vllm_job import VllmJob, explained, hand_out, sampling_params
 from safeft.adapters import LoraFactors, save_factors, stacked
 from safeft.errors import InputError, ModelError, SafeftError
 from safeft.evaluate.generate import end_and_pad_ids
@@ -48,32 +47,7 @@ log = logging.getLogger(__name__)
 _LOAD_S = 300.0
 #: Ranks that vLLM makes room for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 _Done = TypeVar("_Done")
-
-
-@dataclass(eq=False)
-class _Job:
-    """One request.
-
-    Attributes:
-        tokens: that each of its answers has, ends of turns not counted.
-        open: answers that are not finished.
-        over: nothing more is delivered.
-    """
-
-    request: Request
-    deliver: Callable[[Delta], None]
-    stop: Callable[[_Job], None]
-    tokens: list[int] = field(default_factory=list)
-    open: int = 0
-    over: bool = False
-    task: asyncio.Task[None] | None = None
-    began: float = 0.0
-
-    def cancel(self) -> None:
-        """See Ticket."""
-        self.stop(self)
 
 
 class VllmEngine:
@@ -122,10 +96,10 @@ class VllmEngine:
             self._end_loop()
             raise EngineError(f"vLLM does not start: {one_line(str(error))}") from error
 
-    def submit(self, request: Request, deliver: Callable[[Delta], None]) -> _Job:
+    def submit(self, request: Request, deliver: Callable[[Delta], None]) -> VllmJob:
         """See Engine."""
         check_request(request, self.room, self.limits.max_batch)
-        job = _Job(request, deliver, self._cancel, [0] * request.n, request.n)
+        job = VllmJob(request, deliver, self._cancel, [0] * request.n, request.n)
         with self._lock:
             self._require_running()
             waiting = max(0, self._open - self.limits.max_batch)
@@ -235,7 +209,7 @@ class VllmEngine:
         if self._failure:
             raise EngineError(f"the engine has failed: {self._failure}")
 
-    def _enter(self, job: _Job, adapter: Any) -> None:
+    def _enter(self, job: VllmJob, adapter: Any) -> None:
         """Begin a request whose adapter is there, or end it with what went wrong."""
         with self._lock:
             if not self._stopping:
@@ -243,7 +217,7 @@ class VllmEngine:
                 return
         self._end(job, EngineError("the engine has stopped"))
 
-    def _begin(self, job: _Job, adapter: Any) -> None:
+    def _begin(self, job: VllmJob, adapter: Any) -> None:
         if job.over or isinstance(adapter, SafeftError):
             self._end(job, adapter if isinstance(adapter, SafeftError) else None)
             return
@@ -251,7 +225,7 @@ class VllmEngine:
         job.task = self._loop.create_task(self._answer(job, adapter))
         job.task.add_done_callback(lambda task: self._ended(job, task))
 
-    async def _answer(self, job: _Job, adapter: Any) -> None:
+    async def _answer(self, job: VllmJob, adapter: Any) -> None:
         """Have one request answered."""
         import vllm
 
@@ -259,81 +233,38 @@ class VllmEngine:
         # The salt keeps prompts apart: from how fast an answer begins, nobody learns what another
         # tenant asked. The answers to one request share their prompt.
         prompt = vllm.TokensPrompt(prompt_token_ids=list(job.request.prompt), cache_salt=number)
-        answers = self._vllm.generate(prompt, self._sampling(job), number, lora_request=adapter)
+        answers = self._vllm.generate(
+            prompt, sampling_params(job.request, self._ends), number, lora_request=adapter
+        )
         try:
             async with contextlib.aclosing(answers) as outputs:
-                await self._hand_out(job, outputs)
+                await hand_out(job, outputs, self._ends, self._count)
         except asyncio.CancelledError:
             # vLLM aborts by itself what is cancelled, but not while it is still taking it in.
             await self._vllm.abort(number)
             raise
 
-    def _sampling(self, job: _Job) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    def _count(self, prompt: int, generated: int) -> None:
+        with self._lock:
+            self._prompt_tokens += prompt
+            self._generated += generated
 
-        way = job.request.sampling
-        return SamplingParams(
-            n=job.request.n,
-            max_tokens=way.max_tokens,
-            temperature=way.temperature,
-            top_p=way.top_p,
-            seed=None if way.seed is None else way.seed % 2**63,
-            stop=list(way.stop),
-            stop_token_ids=sorted(self._ends),
-            output_kind=(
-                RequestOutputKind.DELTA if job.request.stream else RequestOutputKind.FINAL_ONLY
-            ),
-        )
-
-    async def _hand_out(self, job: _Job, outputs: AsyncIterator[Any]) -> None:
-        """Deliver what vLLM says, until all answers are finished."""
-        first = True
-        async for output in outputs:
-            with self._lock:
-                self._prompt_tokens += len(job.request.prompt) if first else 0
-                for piece in output.outputs:
-                    self._generated += len(piece.token_ids)
-            first = False
-            for piece in output.outputs:
-                job.tokens[piece.index] += sum(id_ not in self._ends for id_ in piece.token_ids)
-                finish = None
-                if piece.finish_reason is not None:
-                    finish = _FINISHED.get(piece.finish_reason)
-                    if finish is None:
-                        raise EngineError(f"vLLM ended an answer with {piece.finish_reason!r}")
-                    job.open -= 1
-                if (piece.text or finish) and not job.over:
-                    tokens = job.tokens[piece.index]
-                    job.deliver(Delta(piece.index, piece.text, tokens, finish))
-        if job.open:
-            raise EngineError("vLLM ended a request without all of its answers")
-
-    def _ended(self, job: _Job, task: asyncio.Task[None]) -> None:
+    def _ended(self, job: VllmJob, task: asyncio.Task[None]) -> None:
         """Tell a request how its task ended."""
-        from vllm.exceptions import VLLMClientError, VLLMError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         with self._lock:
             self._answer_s += 0.1 * (time.monotonic() - job.began - self._answer_s)
         error = None if task.cancelled() else task.exception()
-        told: SafeftError | None = None
+        told = explained(error) if error else None
         if task.cancelled():
             told = EngineError("the engine has stopped")
-        elif isinstance(error, SafeftError):
-            told = error
-        elif isinstance(error, VLLMClientError):
-            told = InputError(one_line(str(error)))
-        elif isinstance(error, VLLMError) and not isinstance(error, EngineDeadError):
-            told = EngineError(f"vLLM failed: {one_line(str(error)) or type(error).__name__}")
-        elif error is not None:  # its end, or what nobody documents: not to be gone on from
+        elif error is not None and told is None:  # its end, or what nobody documents
             log.error("the engine has failed", exc_info=error)
             with self._lock:
                 self._failure = one_line(repr(error))
             told = EngineError("the engine has failed")
         self._end(job, told)
 
-    def _end(self, job: _Job, error: SafeftError | None) -> None:
+    def _end(self, job: VllmJob, error: SafeftError | None) -> None:
         if error is not None and not job.over:
             job.deliver(Delta(0, error=error))
         job.over = True
@@ -342,7 +273,7 @@ class VllmEngine:
         if job.request.weights is not None:
             self._adapters.give_back(job.request.weights)
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: VllmJob) -> None:
         with self._lock:
             job.over = True
             if not self._stopping:

@@ -21,7 +21,8 @@ from jobs.demo.datasets import DemoData, demo_data
 from jobs.evaluate import Evaluation, evaluate
 from jobs.finetune.manifest import Manifest, libraries
 from jobs.finetune.telemetry import read_metrics
-from jobs.pipeline import TRAINING, JobResult, run_job, screen_file
+from jobs.intake import screen_file
+from jobs.pipeline import TRAINING, JobResult, run_job
 from jobs.profile import build_profile
 from jobs.report import DemoReport
 from jobs.report.model import (

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from jobs.evaluate import evaluate
 from jobs.finetune import Manifest, finetune
 from jobs.finetune.batches import RowTable, rows_to_table
 from jobs.finetune.telemetry import OnStep, unheard
-from jobs.pipeline import TRAINING, Opened, Screened, open_job, read_data, screen_data
-from jobs.policy import PolicyFile
+from jobs.pipeline import TRAINING
 from jobs.restore.prepare import MODEL, TARGETS, prepare, prepared_rows
-from jobs.restore.result import Restoration, RestoreResult, restoration_gate
-from jobs.review import is_accepted
-from jobs.runtime import embedded_ray
+from jobs.restore.result import Restoration
 from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, TrainingSpec
-from jobs.verdict import known_score, read_scores
 from safeft.adapters import factors_of, load_factors, save_factors, stacked
-from safeft.cache import locked, publish_dir, sha256_file, write_whole
+from safeft.cache import locked, publish_dir, sha256_file
 from safeft.constraints import ProfileFiles
-from safeft.data import Row, TokenisedRow
+from safeft.data import TokenisedRow
 from safeft.errors import InputError, ModelError, SpecError
 from safeft.models import adapter_hash, load_adapter, load_model
-from safeft.models.directory import is_whole_model
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
 from safeft.reactivation_targets import load_targets
 from safeft.safereact import SafeReactConfig
-from safeft.screen_policy import is_risky
 from safeft.stopped_forward import decoder_layers
 from safeft.weights import decoder_linears
 
@@ -48,130 +40,6 @@ class RestoreRun(FinetuneSpec):
     """The training inside a restoration: no task, but SafeReAct."""
 
     constraints: tuple[SafeReactConfig, ...]  # type: ignore[assignment]
-
-
-def restore_job(
-    spec: FinetuneSpec,
-    progress: Progress = silent,
-    *,
-    adapter: Path | None = None,
-    output: Path | None = None,
-    screening: Path | None = None,
-    policy: PolicyFile | None = None,
-) -> RestoreResult:
-    """Restore what a fine-tuning job made, and measure it. What `safeft restore` runs.
-
-    Args:
-        spec: the job's own spec: its model, data and section ``restore`` count.
-        adapter: the tenant's adapter; None: the job's candidate.
-        output: where the restoration goes; None: ``restoration`` in the job's output.
-        screening: where the screening of the data is, or goes; default: the cache.
-        policy: an administrator's limits for this tenant, in place of the profile's.
-
-    Raises:
-        InputError: there is no such adapter, or it is a whole model; no row is left.
-        ProfileError: the base model's safety profile lacks something; it says what makes it.
-        TrainingError, ModelError, MeasurementError: the stage that failed.
-    """
-    trained = train_restoration(
-        spec, progress, adapter=adapter, output=output, screening=screening, policy=policy
-    )
-    return _judge(spec, trained, progress)
-
-
-@dataclass(frozen=True)
-class TrainedRestoration:
-    """A restoration that has not been judged: ``<output>/candidate``."""
-
-    opened: Opened
-    screened: Screened
-    held_out: Sequence[Row] | None
-    adapter: Path
-    output: Path
-    manifest: Restoration
-
-
-def train_restoration(
-    spec: FinetuneSpec,
-    progress: Progress = silent,
-    *,
-    adapter: Path | None = None,
-    output: Path | None = None,
-    screening: Path | None = None,
-    policy: PolicyFile | None = None,
-    on_step: OnStep = unheard,
-) -> TrainedRestoration:
-    """The first half of `restore_job`, which finds it done when it is called afterwards.
-
-    Args:
-        on_step: see `finetune`.
-    """
-    adapter = adapter or spec.output / TRAINING / "adapter"
-    output = output or spec.output / "restoration"
-    if is_whole_model(adapter):
-        raise InputError(
-            f"{adapter} is a whole model; restorations stack on LoRA adapters: tune with lora"
-        )
-    if not adapter.is_dir():
-        raise InputError(f"{adapter}: there is no adapter; run the job first or give --adapter")
-    opened = open_job(spec, progress, policy)
-    model_dir, profile = opened.model_dir, opened.profile
-    profile.verify(PARTS)
-    data = read_data(spec, model_dir, progress)
-    with embedded_ray(spec.distributed.address):
-        found = screen_data(spec, opened, data.train, progress, screening)
-        limits = found.verdict.policy
-        risky = [is_risky(known_score(one), limits) for one in read_scores(found.where)]
-        manifest = restore(
-            spec,
-            adapter=adapter,
-            domain=[r for r, bad in zip(data.train.tokenised, risky, strict=True) if not bad],
-            model_dir=model_dir,
-            profile=profile,
-            output=output,
-            progress=progress,
-            on_step=on_step,
-        )
-    return TrainedRestoration(opened, found, data.held_out, adapter, output, manifest)
-
-
-def _judge(spec: FinetuneSpec, trained: TrainedRestoration, progress: Progress) -> RestoreResult:
-    output, found = trained.output, trained.screened
-    measured = [
-        evaluate(
-            trained.opened.model_dir,
-            weights,
-            held_out=trained.held_out,
-            max_tokens=spec.data.max_tokens,
-            output=output / name,
-            progress=progress,
-        )
-        for weights, name in (
-            (trained.adapter, "before.json"),
-            (output / CANDIDATE / STACKED, "after.json"),
-        )
-    ]
-    gate = restoration_gate(trained.opened.before, *measured)
-    # As of the job itself: what comes of data that were not accepted is not published.
-    publish = gate.passed and is_accepted(found.verdict, found.review)
-    if publish and not (output / PUBLISHED).exists():
-        with publish_dir(output / PUBLISHED) as staging:
-            shutil.copytree(output / CANDIDATE, staging, dirs_exist_ok=True)
-    result = RestoreResult(
-        name=spec.name,
-        status="restored" if gate.passed else "gate_failed",
-        candidate=str(output / CANDIDATE),
-        published=str(output / PUBLISHED) if publish else None,
-        verdict=found.verdict,
-        review=found.review,
-        manifest=trained.manifest,
-        base=trained.opened.before,
-        tuned=measured[0],
-        after=measured[1],
-        gate=gate,
-    )
-    write_whole(output / RESULT, result.model_dump_json(indent=1))
-    return result
 
 
 def restore(

@@ -205,10 +205,8 @@ class ConstraintHooks:
 
     @torch.no_grad()
     def metrics(self, thorough: bool = False) -> dict[str, float]:
-        """What the constraints say about the weights last seen by `before_backward`.
-
-        Args:
-            thorough: also what costs as much as a projection; all ranks call alike.
+        """What the constraints say about the weights last seen by `before_backward`; `thorough`:
+        also what costs as much as a projection. All ranks call alike.
         """
         found = dict(self._forward_metrics)
         for name, penalty in self._anchored.items():
@@ -223,7 +221,7 @@ class ConstraintHooks:
             drift = self._projection.drift(list(self._shards.values()), self.origins, self._group)
             if drift is not None:
                 name = f"{self._projecting}/weight_drift"
-                found[name], found[f"{name}_limit"] = drift
+                found[name], found[name + "_limit"] = drift
         return found
 
     def _freeze(self, names: set[str]) -> None:

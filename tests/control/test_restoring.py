@@ -22,7 +22,7 @@ from cluster.settings import BaseModelOffer, Settings
 from cluster.tenancy.tenants import Policy
 from jobs.finetune import FinetuneResult
 from jobs.finetune.manifest import Identity, Manifest
-from jobs.pipeline import read_dataset
+from jobs.intake import read_dataset
 from jobs.restore import Restoration
 from jobs.review import read_decision
 from jobs.verdict import VERDICT, Verdict, decide, read_verdict
@@ -104,12 +104,12 @@ def world(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
         bound = {"data_sha256": data.sha256, "rows_sha256": data.rows_sha256, "profile": "p"}
         return decide(SCORES, given["rules"].policy, **bound), path.parent
 
-    monkeypatch.setattr("jobs.pipeline.screen", screen)
-    monkeypatch.setattr("jobs.restore.run.read_scores", lambda _: SCORES)
+    monkeypatch.setattr("jobs.intake.screen", screen)
+    monkeypatch.setattr("jobs.restore.job.read_scores", lambda _: SCORES)
     monkeypatch.setattr("jobs.pipeline.embedded_ray", lambda _: nullcontext())
-    monkeypatch.setattr("jobs.restore.run.embedded_ray", lambda _: nullcontext())
+    monkeypatch.setattr("jobs.restore.job.embedded_ray", lambda _: nullcontext())
     monkeypatch.setattr("jobs.pipeline.finetune", _finetune)
-    monkeypatch.setattr("jobs.restore.run.restore", _restore)
+    monkeypatch.setattr("jobs.restore.job.restore", _restore)
     return made
 
 
