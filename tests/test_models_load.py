@@ -30,6 +30,7 @@ def test_the_public_names_are_these() -> None:
         "Source",
         "adapter_hash",
         "load_adapter",
+        "load_architecture",
         "load_merged",
         "load_model",
         "load_tokenizer",

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 
 from cluster.controller.actors import ActorRunner
 from cluster.controller.service import push_to_pool
@@ -25,6 +26,7 @@ from cluster.serving.client import Admin, Refused
 from cluster.serving.engine import EngineLimits
 from cluster.serving.pool import Pool, PoolConfig, PoolError, running_pool, token
 from jobs.runtime import embedded_ray
+from safeft.models import load_tokenizer
 from tests.tinyadapters import save_adapter
 
 USER = [{"role": "user", "content": "What is a cat?"}]
@@ -57,7 +59,13 @@ def pool(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     base = tmp_path_factory.mktemp("roomy") / "base"
     shutil.copytree(tiny_dir, base)
     file = base / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": ROOM}))
+    other = {"max_position_embeddings": ROOM, "tie_word_embeddings": False}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **other}))
+    # A head that never likes the end of a turn best: a greedy answer goes on until it is stopped.
+    weights = load_file(base / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[load_tokenizer(base).eos_token_id] = 0
+    save_file({**weights, "lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
     config = PoolConfig(
         policy=Policy(),
         base=str(base),
@@ -167,7 +175,9 @@ def test_a_client_that_leaves_is_noticed_by_the_engine(
     before = number(pool, cancelled)
     generated = number(pool, "safeft_generated_tokens_total")
     leaving = http.client.HTTPConnection(pool.url.removeprefix("http://"), timeout=120)
-    leaving.request("POST", "/v1/chat/completions", json.dumps({**body, "max_tokens": most}))
+    asked = json.dumps({**body, "max_tokens": most})
+    as_json = {"Content-Type": "application/json"}
+    leaving.request("POST", "/v1/chat/completions", asked, as_json)
     # It leaves when the engine works for it: one that leaves on its way there proves nothing.
     eventually(lambda: number(pool, "safeft_engine_running") == 4)
     assert number(pool, cancelled) == before

@@ -235,6 +235,7 @@ def test_a_review_is_asked_for_by_the_policy_and_an_approval_is_of_that_verdict_
         return verdict, output
 
     monkeypatch.setattr("cluster.controller.work.screen_file", screen_file)
+    monkeypatch.setattr("cluster.controller.work.iter_scores", lambda _: iter(SCORES))
     asked = world.perform("screening")
     assert asked.outcome == "review" and "4 of 4 rows" in asked.message
     assert (given["on_risk"], given["policy"].row_threshold) == ("review", -1.0)
