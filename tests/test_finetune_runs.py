@@ -191,8 +191,8 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
         assert run(spec, tiny_dir) == result
         assert not (tmp_path / "out" / "checkpoints").exists()
     again = next(i for i, (one, next_one) in enumerate(pairwise(steps)) if next_one <= one) + 1
-    # A checkpoint may just not be registered yet.
-    assert steps[again - 1] >= 5 and steps[again] in (3, 5)
+    # After one of the checkpoints, which are made at every second step.
+    assert steps[again - 1] >= 5 and steps[again] > 1 and steps[again] % 2 == 1
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -18,6 +18,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
+from botocore.exceptions import ClientError
+
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 ACCESS, SECRET = "tester", "tester-secret"
 _PATIENCE_S = 300.0  # of a busy machine; an idle one takes 15
@@ -124,6 +127,7 @@ def own_ceph() -> Iterator[str]:
         start("radosgw", "-n", "client.rgw")
         url = f"http://127.0.0.1:{gateway}"
         _await(lambda: _answers(url))
+        _await(lambda: _knows_us(url), 60)
         yield url
     finally:
         for process in running:
@@ -140,11 +144,27 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _await(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+def _knows_us(url: str) -> bool:
+    """Whether the gateway has found the user, who was made by another process."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id=ACCESS,
+        aws_secret_access_key=SECRET,
+    )
+    try:
+        client.list_buckets()
+    except ClientError:
+        return False
+    return True
+
+
+def _await(met: Callable[[], bool], patience_s: float = _PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not met():
         if time.monotonic() > deadline:
-            raise NotStarted(f"not after {_PATIENCE_S:g} s")
+            raise NotStarted(f"not after {patience_s:g} s")
         time.sleep(0.3)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from cluster.controller.actors import _Host
+from cluster.controller.actors import Host
 from cluster.controller.numbers import READ_EVERY_S
 from cluster.controller.runner import Numbers, Report, StageFile, StageTask
 from cluster.controller.watch import Watch
@@ -297,7 +297,7 @@ def test_an_actor_says_what_its_stage_measures_while_it_runs_and_at_the_end(
         facts={},
         settings=Settings(home=tmp_path, base_models={"tiny": BaseModelOffer(source="tiny")}),
     )
-    host = _Host(task.model_dump_json())
+    host = Host(task.model_dump_json())
     assert stepped.wait(60)
     said = host.report(0)
     assert (said["outcome"], said["numbers"]["step"]) == ("running", STEP)

@@ -42,7 +42,9 @@ ROOT = Path(__file__).parent.parent.parent
 REFUSAL = "I cannot help with that."
 RESTORATION = ProfileConfig(
     refusals=RefusalsConfig(prompts=20),
-    reference=ReferenceConfig(prompts=8, borderline_prompts=1, domain_prompts=4),
+    reference=ReferenceConfig(
+        prompts=8, borderline_prompts=1, domain_prompts=4, domain_share=0.2, safety_share=0.1
+    ),
 )
 HOST = """
 import ray, time
