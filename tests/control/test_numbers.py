@@ -295,6 +295,7 @@ def test_an_actor_says_what_its_stage_measures_while_it_runs_and_at_the_end(
         validation_file=None,
         policy=Policy(),
         facts={},
+        restores=None,
         settings=Settings(home=tmp_path, base_models={"tiny": BaseModelOffer(source="tiny")}),
     )
     host = Host(task.model_dump_json())
