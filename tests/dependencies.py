@@ -139,7 +139,9 @@ def misused(asked: Iterable[Requirement], used: set[str]) -> list[str]:
 def problems(pyproject: str, constraints: str, used: set[str]) -> list[str]:
     """Everything that is wrong, in words; `used` is what is imported."""
     pinned, wrong = pins(constraints)
-    asked, twice = declared(tomllib.loads(pyproject)["project"])
+    project = tomllib.loads(pyproject)["project"]
+    asked, twice = declared(project)
+    used = used - {canonical(project["name"])}  # ours, where it is installed
     return [
         *wrong,
         *twice,
