@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,7 +67,13 @@ def test_up_serves_what_the_control_plane_publishes_to_its_api_and_stops_on_ctrl
     ]
     errors = (tmp_path / "errors").open("w")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(os.environ)
+        command,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=dict(os.environ),
+        # Whoever runs the tests in the background may have let them ignore what Ctrl-C sends.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     try:
@@ -127,8 +134,12 @@ def _chat_through_the_api(plane_file: Path, tiny_dir: Path, admin: Admin) -> Non
         eventually(lambda: bool(client.chat.completions.create(model=model, **asked).choices))
         chunks = list(client.chat.completions.create(model=model, **asked, stream=True))
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
-        api.services.meter.flush()
         headers = {"Authorization": f"Bearer {client.api_key}"}
-        used = httpx.get(f"{api.url}/v1/safety/usage", headers=headers).json()["chat"]
-        assert used["requests"] >= 2 and used["completion_tokens"] > 0
+
+        def metered() -> bool:  # an answer is counted after its last byte was sent
+            api.services.meter.flush()
+            used = httpx.get(f"{api.url}/v1/safety/usage", headers=headers).json()["chat"]
+            return bool(used["requests"] >= 2 and used["completion_tokens"] > 0)
+
+        eventually(metered)
     database.close()
