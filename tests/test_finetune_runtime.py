@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -52,7 +53,6 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
         **os.environ,
         **{MARK: uuid.uuid4().hex, "TMPDIR": str(temporary), "HOME": str(home)},
     }
-    before = set(Path("/tmp").glob("safeft-*"))  # a long TMPDIR is not used for sockets
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
         cwd=Path(__file__).parent.parent,
@@ -68,15 +68,18 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
         assert asked(address, token.read_text()) is grpc.StatusCode.OK
         for other in ("0" * 64, ""):
             assert asked(address, other) is grpc.StatusCode.UNAUTHENTICATED
-    while not processes(b"gcs_server", environment[MARK]):
+    while not (servers := processes(b"gcs_server", environment[MARK])):
         assert child.poll() is None
         time.sleep(0.01)
+    command = Path(f"/proc/{servers[0]}/cmdline").read_text()
+    sessions = {Path(found) for found in re.findall(r"/[^\0=]*?/safeft-\w{8}(?=/)", command)}
+    assert len(sessions) == 1 and all(session.is_dir() for session in sessions)
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=60) != 0
     child.stdout.close()
     assert not processes(mark=environment[MARK])
     assert not list(temporary.iterdir())
-    assert set(Path("/tmp").glob("safeft-*")) <= before
+    assert not any(session.exists() for session in sessions)
 
 
 @pytest.mark.parametrize(
