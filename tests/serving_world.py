@@ -20,7 +20,7 @@ from cluster.metrics import Recorder
 from cluster.serving.admin import add_admin
 from cluster.serving.admissions import Admissions
 from cluster.serving.disk_cache import DiskCache
-from cluster.serving.engine import Delta, EngineStats, Request
+from cluster.serving.engine import AdapterCounts, Delta, EngineStats, Request
 from cluster.serving.front import require_front
 from cluster.serving.gateway import Gateway, GatewayConfig
 from cluster.serving.keeper import Keeper
@@ -165,7 +165,7 @@ class Person:
         self.cancelled += 1
 
     def stats(self) -> EngineStats:
-        return EngineStats(*[0] * 10)
+        return EngineStats(*[0] * 5, AdapterCounts(*[0] * 5))
 
     def check(self) -> None:
         pass

@@ -364,8 +364,8 @@ def test_adapters_used_longest_ago_are_dropped_and_loaded_again(
             assert answer == [alone[weights, "Hi"]]
         assert shelf.asked == [one, two, three, two]
         stats = idle(engine).stats()
-        assert (stats.adapters_loaded, stats.adapter_hits, stats.adapter_misses) == (2, 2, 4)
-        assert stats.adapter_evictions == 2
+        adapters = stats.adapters
+        assert (adapters.loaded, adapters.hits, adapters.misses, adapters.evictions) == (2, 2, 4, 2)
     finally:
         engine.close()
 

@@ -205,7 +205,8 @@ def test_adapters_are_mixed_kept_dropped_and_their_copies_removed(
         assert world.ask(weights=weights).answers() == [f"I am {weights[:4]}"]
     world.settle()
     stats = world.engine.stats()
-    assert (stats.adapters_loaded, stats.adapter_misses, stats.adapter_hits) == (2, 4, 1)
+    adapters = stats.adapters
+    assert (adapters.loaded, adapters.misses, adapters.hits) == (2, 4, 1)
     there = [Path(request.lora_path).exists() for request in world.script.loaded]
     assert there == [False, False, True, True]
     assert len({request.lora_int_id for request in world.script.loaded}) == 4
@@ -240,7 +241,7 @@ def test_an_adapter_that_vllm_does_not_load_fails_its_own_requests_and_is_tried_
     with pytest.raises(ModelError, match=r"vLLM does not load it: .*expected target modules"):
         world.ask(weights=weights).answers()
     assert world.ask().answers() == ["yes"]
-    assert world.engine.stats().adapter_failures == 1
+    assert world.engine.stats().adapters.failures == 1
     world.script.refuses.clear()
     assert world.ask(weights=weights).answers() == ["yes"]
     world.engine.check()

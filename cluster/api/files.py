@@ -111,7 +111,8 @@ def _forget(services: Services, caller: Caller, file_id: str) -> None:
         return
     services.store.delete(row.key)  # first: a row that is left tells the sweep what to remove
     with services.database.tenant(caller.tenant_id) as session:
-        session.delete(session.get_one(File, file_id))
+        if (row := session.get(File, file_id, with_for_update=True)) is not None:
+            session.delete(row)
 
 
 def _check(form: Form) -> None:

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from cluster.serving.engine import EngineError
+from cluster.serving.engine import AdapterCounts, EngineError
 from cluster.serving.lora import LoraWeights
 from safeft.errors import ModelError, SafeftError
 from safeft.models import adapter_hash, read_lora
@@ -100,7 +100,7 @@ class AdapterCache(Generic[Loaded]):
         self._lock = threading.Lock()
         self._loading: OrderedDict[str, Future[Loaded]] = OrderedDict()  # idle longest first
         self._users: dict[str, int] = {}
-        self.hits = self.misses = self.evictions = self.failures = 0
+        self._hits = self._misses = self._evictions = self._failures = 0
 
     def take(self, weights: str, ready: Callable[[Loaded | SafeftError], None]) -> None:
         """Call `ready` with what was loaded, or what went wrong, now or from a loader's thread.
@@ -110,10 +110,10 @@ class AdapterCache(Generic[Loaded]):
         with self._lock:
             future = self._loading.get(weights)
             if future is None:
-                self.misses += 1
+                self._misses += 1
                 future = self._loading[weights] = self._pool.submit(self._load, weights)
             else:
-                self.hits += 1
+                self._hits += 1
                 self._loading.move_to_end(weights)
             self._users[weights] = self._users.get(weights, 0) + 1
         future.add_done_callback(lambda done: self._answer(weights, done, ready))
@@ -130,7 +130,7 @@ class AdapterCache(Generic[Loaded]):
                     break
                 if other not in self._users:
                     gone.append((other, self._loading.pop(other).result(timeout=0)))
-            self.evictions += len(gone)
+            self._evictions += len(gone)
         for other, loaded in gone:
             self._dropped(other, loaded)
 
@@ -139,6 +139,13 @@ class AdapterCache(Generic[Loaded]):
         with self._lock:
             future = self._loading[weights]
         return future.result(timeout=0)
+
+    def counts(self) -> AdapterCounts:
+        """What it holds, and has done since the start."""
+        with self._lock:
+            return AdapterCounts(
+                len(self._loading), self._hits, self._misses, self._evictions, self._failures
+            )
 
     def __len__(self) -> int:
         return len(self._loading)
@@ -161,7 +168,7 @@ class AdapterCache(Generic[Loaded]):
             # The next request tries again: the store may be back.
             if self._loading.get(weights) is done:
                 del self._loading[weights]
-                self.failures += 1
+                self._failures += 1
         if not isinstance(error, SafeftError):
             error = ModelError(f"adapter {weights[:12]} cannot be loaded: {error}")
         ready(error)

@@ -108,6 +108,17 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class AdapterCounts:
+    """Adapters in memory, and what became of requests for one."""
+
+    loaded: int
+    hits: int
+    misses: int
+    evictions: int
+    failures: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counters since the start, and what is going on now. `steps` is None where nobody counts."""
 
@@ -116,11 +127,7 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steps: int | None
-    adapters_loaded: int
-    adapter_hits: int
-    adapter_misses: int
-    adapter_evictions: int
-    adapter_failures: int
+    adapters: AdapterCounts
 
 
 class Ticket(Protocol):

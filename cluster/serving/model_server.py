@@ -151,12 +151,13 @@ class ModelServer:
         stats, recorder = self._engine.stats(), self._recorder
         recorder.set("safeft_engine_waiting", stats.waiting)
         recorder.set("safeft_engine_running", stats.running)
-        recorder.set("safeft_adapters_loaded", stats.adapters_loaded)
+        adapters = stats.adapters
+        recorder.set("safeft_adapters_loaded", adapters.loaded)
         recorder.total("safeft_prompt_tokens_total", stats.prompt_tokens)
         recorder.total("safeft_generated_tokens_total", stats.generated_tokens)
         if stats.steps is not None:
             recorder.total("safeft_engine_steps_total", stats.steps)
-        recorder.total("safeft_adapter_cache_total", stats.adapter_hits, result="hit")
-        recorder.total("safeft_adapter_cache_total", stats.adapter_misses, result="miss")
-        recorder.total("safeft_adapter_cache_total", stats.adapter_evictions, result="evicted")
-        recorder.total("safeft_adapter_cache_total", stats.adapter_failures, result="failed")
+        recorder.total("safeft_adapter_cache_total", adapters.hits, result="hit")
+        recorder.total("safeft_adapter_cache_total", adapters.misses, result="miss")
+        recorder.total("safeft_adapter_cache_total", adapters.evictions, result="evicted")
+        recorder.total("safeft_adapter_cache_total", adapters.failures, result="failed")

@@ -92,7 +92,6 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         """See Engine."""
-        cache = self._adapters
         with self._wake:
             return EngineStats(
                 waiting=self._waiting,
@@ -100,11 +99,7 @@ class TransformersEngine:
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated,
                 steps=self._steps,
-                adapters_loaded=len(cache),
-                adapter_hits=cache.hits,
-                adapter_misses=cache.misses,
-                adapter_evictions=cache.evictions,
-                adapter_failures=cache.failures,
+                adapters=self._adapters.counts(),
             )
 
     def check(self) -> None:

@@ -114,7 +114,6 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """See Engine. vLLM runs as many answers as fit; the others are counted as waiting."""
-        cache = self._adapters
         with self._lock:
             running = min(self._open, self.limits.max_batch)
             return EngineStats(
@@ -123,11 +122,7 @@ class VllmEngine:
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated,
                 steps=None,
-                adapters_loaded=len(cache),
-                adapter_hits=cache.hits,
-                adapter_misses=cache.misses,
-                adapter_evictions=cache.evictions,
-                adapter_failures=cache.failures,
+                adapters=self._adapters.counts(),
             )
 
     def check(self) -> None:

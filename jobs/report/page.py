@@ -14,6 +14,7 @@ from jobs.report.model import DemoReport
 from safeft.cache import write_whole
 from safeft.evaluate import AnswerClass, classify_answer
 
+Filters = dict[str, Callable[..., Any]]
 RISKY_ROWS_SHOWN = 60
 EXCERPT_CHARACTERS = 500
 
@@ -67,16 +68,18 @@ def render(report: DemoReport) -> str:
     )
 
 
-def environment() -> Environment:
-    """Where the pages' templates come from; whatever they print is escaped."""
+def environment(
+    templates: Path = Path(__file__).parent, filters: Filters | None = None
+) -> Environment:
+    """Where pages' templates come from, these reports' by default; what they print is escaped."""
     made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(templates),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(_FILTERS)
+    made.filters.update(_FILTERS if filters is None else filters)
     return made
 
 
@@ -89,7 +92,7 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "\u2212")
 
 
-_FILTERS: dict[str, Callable[..., Any]] = {
+_FILTERS: Filters = {
     "percent": facts.percent,
     "interval": facts.interval,
     "duration": facts.duration,

@@ -29,6 +29,14 @@ SCREENING = {
     "data_sha256": "ab" * 32,
     "profile": "tiny@1",
 }
+ACCEPTED = {
+    **SCREENING,
+    "verdict": "accepted",
+    "reason": "1 of 120 rows (0.8%) are risky, which the policy allows",
+    "risky": 1,
+    "unscored": 0,
+    "risky_rows": [{"line": 31, "score": 4.25}],
+}
 
 
 def rates(harmful: int, benign: int) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def add_model(api: Api, job_id: str, **fields: Any) -> str:
         job.model_id = name
         job.facts = {
             **job.facts,
-            "screening": {**SCREENING, "verdict": "accepted"},
+            "screening": ACCEPTED,
             "evaluating": EVALUATION,
             "publishing": {"manifest_sha256": "12" * 32},
         }

@@ -12,12 +12,13 @@ from typing import Any
 
 from cluster.artifacts import ArtifactStore, open_store
 from cluster.controller.controller import Controller, Options
-from cluster.controller.runner import Report, RunnerUnavailable, StageEvent, StageTask
+from cluster.controller.runner import Report, RunnerUnavailable, StageEvent, StageFile, StageTask
 from cluster.metrics import Recorder
 from cluster.provenance import Signed, Statement
 from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
 from cluster.state.models import Job
+from cluster.tenancy.tenants import Policy
 from tests.control.rows import add_tenant, file_row, job_row
 
 FACTS: dict[str, dict[str, Any]] = {
@@ -42,6 +43,25 @@ STATEMENT = Statement(
     published_at=1.0,
 )
 SIGNED = Signed(statement=STATEMENT.model_dump_json(), key_id="k", signature="s").model_dump()
+
+
+def stage_task(home: Path) -> StageTask:
+    """A first attempt at a training."""
+    return StageTask(
+        job="ftjob-1",
+        stage="training",
+        attempt=1,
+        tenant="ten_a",
+        tenant_name="a",
+        base_model="tiny",
+        request={},
+        training_file=StageFile(key="f", sha256=""),
+        validation_file=None,
+        restores=None,
+        policy=Policy(),
+        facts={},
+        settings=Settings(home=home, base_models={"tiny": BaseModelOffer(source="tiny")}),
+    )
 
 
 def facts_of(job: str, stage: str) -> dict[str, Any]:

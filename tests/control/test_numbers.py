@@ -12,16 +12,14 @@ from sqlalchemy.exc import OperationalError
 
 from cluster.controller.actors import Host
 from cluster.controller.numbers import READ_EVERY_S
-from cluster.controller.runner import Numbers, Report, StageFile, StageTask
+from cluster.controller.runner import Numbers, Report
 from cluster.controller.watch import Watch
 from cluster.controller.work import WORK
 from cluster.controller.workspace import Workspace
 from cluster.metrics import METRICS
-from cluster.settings import BaseModelOffer, Settings
 from cluster.state import Database
-from cluster.tenancy.tenants import Policy
 from tests.control.rows import add_tenant
-from tests.control.stages import FACTS, World
+from tests.control.stages import FACTS, World, stage_task
 
 STEP = {
     "step": 3.0,
@@ -283,22 +281,7 @@ def test_an_actor_says_what_its_stage_measures_while_it_runs_and_at_the_end(
 
     stepped = threading.Event()
     monkeypatch.setitem(WORK, "training", train)
-    task = StageTask(
-        job="ftjob-1",
-        stage="training",
-        attempt=1,
-        tenant="ten_a",
-        tenant_name="a",
-        base_model="tiny",
-        request={},
-        training_file=StageFile(key="f", sha256=""),
-        validation_file=None,
-        policy=Policy(),
-        facts={},
-        restores=None,
-        settings=Settings(home=tmp_path, base_models={"tiny": BaseModelOffer(source="tiny")}),
-    )
-    host = Host(task.model_dump_json())
+    host = Host(stage_task(tmp_path).model_dump_json())
     assert stepped.wait(60)
     said = host.report(0)
     assert (said["outcome"], said["numbers"]["step"]) == ("running", STEP)

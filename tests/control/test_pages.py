@@ -360,7 +360,11 @@ def test_a_jobs_page_tells_what_was_found(api: Api) -> None:
     assert f'href="/status/jobs/{job_id}/screening"' in shown
     assert "support-chats.jsonl" in shown and "80.0 KiB" in shown and "probing" in shown
     report = browser.page(f"/status/jobs/{job_id}/screening")
-    assert "no answer tokens" in report and "4.25" in report and "2 of 12" in report
+    assert "4.25" in report and "1 of 120" in report
+    with api.database.system() as session:
+        session.add(job_row("ten_a", "ftjob-1", phase="failed", facts={"screening": SCREENING}))
+    rejected = browser.page("/status/jobs/ftjob-1/screening")
+    assert "no answer tokens" in rejected and "4.25" in rejected and "2 of 12" in rejected
     told = browser.page(f"/status/models/{model}")
     assert "ef" * 32 in told and api.services.public_key.id in told and "Signed by" in told
     with api.database.system() as session:

@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.artifacts import ArtifactMissing, ArtifactUnavailable
-from cluster.controller.runner import StageFile, StageTask
 from cluster.controller.work import WORK, perform
-from cluster.settings import BaseModelOffer, Settings
-from cluster.tenancy.tenants import Policy
 from safeft.errors import (
     DatasetRejected,
     DatasetUnderReview,
@@ -24,24 +21,7 @@ from safeft.errors import (
     TrainingError,
 )
 from safeft.progress import silent
-
-
-def task(home: Path) -> StageTask:
-    return StageTask(
-        job="ftjob-1",
-        stage="training",
-        attempt=1,
-        tenant="ten_a",
-        tenant_name="a",
-        base_model="tiny",
-        request={},
-        training_file=StageFile(key="f", sha256=""),
-        validation_file=None,
-        restores=None,
-        policy=Policy(),
-        facts={},
-        settings=Settings(home=home, base_models={"tiny": BaseModelOffer(source="tiny")}),
-    )
+from tests.control.stages import stage_task
 
 
 @pytest.mark.parametrize(
@@ -71,7 +51,7 @@ def test_each_error_has_its_consequence(
         raise error
 
     monkeypatch.setitem(WORK, "training", fail)
-    report = perform(task(tmp_path), silent)
+    report = perform(stage_task(tmp_path), silent)
     assert (report.outcome, report.code) == (outcome, code)
 
 
@@ -82,6 +62,6 @@ def test_a_tenant_reads_no_path_of_the_server(
         raise InputError(f"{job.root}/training-file: line 3, messages: is empty" + "x" * 5000)
 
     monkeypatch.setitem(WORK, "training", fail)
-    report = perform(task(tmp_path), silent)
+    report = perform(stage_task(tmp_path), silent)
     assert report.message.startswith("training-file: line 3, messages: is empty")
     assert str(tmp_path) not in report.message and len(report.message) < 2100

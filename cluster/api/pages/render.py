@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from urllib.parse import urlencode
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cluster.api.services import Services
 from cluster.controller.phases import FINAL, WAITING
 from cluster.tenancy.keys import Caller
 from jobs.report.facts import counted, duration, interval
+from jobs.report.page import Filters, environment
 
 ROOT = "/status"
 _REFRESH_S = 3
@@ -90,7 +90,7 @@ def _kind(word: str) -> str:
     return "busy"
 
 
-_FILTERS: dict[str, Callable[..., Any]] = {
+_FILTERS: Filters = {
     "counted": counted,
     "duration": duration,
     "interval": interval,
@@ -101,16 +101,4 @@ _FILTERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _environment() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters.update(_FILTERS)
-    return made
-
-
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = environment(Path(__file__).parent / "templates", _FILTERS)
