@@ -79,7 +79,7 @@ def chat_stream(
     max_tokens: int,
     key: str | None = None,
 ) -> Iterator[str]:
-    """The pieces of one answer of a served model; `model` None takes the first one that is listed.
+    """The pieces of a served model's greedy answer; `model` None takes the first that is listed.
 
     Args:
         key: of the control plane's API; a pool without a front asks for none.
@@ -93,7 +93,13 @@ def chat_stream(
     with _connected(url), httpx.Client(timeout=_ANSWER_TIMEOUT_S, headers=headers) as client:
         if model is None:
             model = _answer(client.get(f"{url}/v1/models"))["data"][0]["id"]
-        body = {"model": model, "messages": list(turns), "stream": True, "max_tokens": max_tokens}
+        body = {
+            "model": model,
+            "messages": list(turns),
+            "stream": True,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
         with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()

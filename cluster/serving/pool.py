@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -156,6 +157,7 @@ def _start(config: PoolConfig, progress: Progress) -> Pool:
         graceful_shutdown_timeout_s=_STOP_S,
     ).bind(GatewayConfig(base.weights, probing, config.timeout_s, callers), admin, replicas)
     logs = {"enable_access_log": False, "log_level": "WARNING"}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # here; `logs` is for the actors
     serve.start(
         proxy_location="HeadOnly",
         http_options={
