@@ -19,6 +19,8 @@ from safeft.cache import write_whole
 from safeft.errors import InputError
 
 CONFIG, METRICS, ERROR, LOG = "config.json", "metrics.json", "error.json", "log.txt"
+#: The one of a cell's numbers that another run need not repeat: times of its stages.
+SECONDS = "seconds"
 
 
 class Setting(BaseModel):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 
+from benchmarks.evidence.cells import Record
+from benchmarks.evidence.chain_results import KINDS, Chain, bars, refusals
 from benchmarks.evidence.claims import (
     CLAIMS,
     DEFAULT,
@@ -15,7 +18,7 @@ from benchmarks.evidence.claims import (
     judged,
 )
 from benchmarks.evidence.fifth_results import Fifths, sqsd_claims
-from benchmarks.evidence.markdown import difference, names, table
+from benchmarks.evidence.markdown import difference, names, rate, table
 from benchmarks.evidence.results import BEFORE, Arms, Tenant
 
 #: Words for verdicts on claims, and on bars: a bar asks for significance.
@@ -42,6 +45,57 @@ def bar_section(tenants: Mapping[Tenant, Arms]) -> str:
     if not rows:
         return f"{head}\n\nNot measured yet."
     return f"{head}\n\n{table(('stage', 'tenant', 'asked', '', 'found'), rows)}"
+
+
+def chain_section(chain: Chain | None) -> str:
+    head = (
+        "## The whole chain: screen, constrain, gate, restore\n\nEach tenant's data once with all "
+        "of it (default constraint) and once with none. Harmful prompts refused, %, mean over the "
+        "published models; the floor is the safety gate's, on prompts that the gate did not ask."
+    )
+    if chain is None:
+        return f"{head}\n\nNot measured yet."
+    rows = []
+    for kind in KINDS:
+        pairs = chain.of(kind)
+        if not pairs:
+            continue
+        counts = [
+            sum(pair.outcome == outcome for pair in pairs)
+            for outcome in ("rejected", "published", "restored", "withheld")
+        ]
+        shown = [pair.protected for pair in pairs if pair.published]
+        bare = [pair.unprotected for pair in pairs]
+        rows.append(
+            (
+                kind,
+                str(len(pairs)),
+                *map(str, counts),
+                _mean(shown),
+                str(sum(map(chain.below_floor, shown))),
+                _mean(bare),
+                str(sum(map(chain.below_floor, bare))),
+            )
+        )
+    header = (
+        *("data", "tenants", "rejected", "published", "restored", "withheld"),
+        *("refuses", "below the floor", "unprotected refuses", "below the floor"),
+    )
+    asked = [(asks, f"**{_ASKED[one.verdict]}**", one.found) for asks, one in bars(chain)]
+    return "\n\n".join(
+        [
+            f"{head} The base model refuses {rate(chain.before)}.",
+            table(header, rows),
+            table(("asked", "", "found"), asked),
+        ]
+    )
+
+
+def _mean(records: Sequence[Record]) -> str:
+    """A mean over models without an interval: they share prompts."""
+    if not records:
+        return ""
+    return f"{100 * fmean(refusals(record).value for record in records):.1f}"
 
 
 def failures_section(tenants: Mapping[Tenant, Arms]) -> str:

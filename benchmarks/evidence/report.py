@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from benchmarks.evidence.chain_results import chain_of
 from benchmarks.evidence.claims import DEFAULT, MATCHED_POINTS, matched
 from benchmarks.evidence.fifth_results import Fifths, by_ranking, rank_correlation
-from benchmarks.evidence.findings import bar_section, claims_section, failures_section
+from benchmarks.evidence.findings import (
+    bar_section,
+    chain_section,
+    claims_section,
+    failures_section,
+)
 from benchmarks.evidence.markdown import difference, rate, spread, table
 from benchmarks.evidence.plots import frontier
 from benchmarks.evidence.results import (
@@ -48,6 +54,7 @@ def render(results: Results) -> tuple[str, dict[str, bytes]]:
             for t, arms in tenants.items()
         ),
         _fifths_section(fifths),
+        chain_section(chain_of(results.cells)),
         failures_section(tenants),
         claims_section(tenants, fifths),
         _waiting_section(results),
@@ -178,7 +185,7 @@ def _waiting_section(results: Results) -> str:
         "Arms that do not exist yet: an AsFT anchor with a sign, subspaces contrasted with benign "
         "inputs, activation terms at several depths and at response positions. Parts of the study "
         "that the runner does not have yet: transfer of SQSD's ranking, restoration of the "
-        "degraded cells by SafeReAct, the whole chain on 40 datasets."
+        "degraded cells by SafeReAct."
     )
     return "\n\n".join(parts)
 

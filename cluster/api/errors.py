@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster import api_errors
@@ -40,6 +41,8 @@ def told(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestValidationError):
         return invalid_request(error)
+    if isinstance(error, ClientDisconnect):  # nobody reads this
+        return invalid("The connection was closed")
     if isinstance(error, HTTPException):
         code = _CODES.get(error.status_code)
         return ApiError(error.status_code, str(error.detail), code=code)
@@ -68,4 +71,4 @@ def told(error: Exception) -> ApiError:
 
 def install(app: FastAPI, shown: Callable[[Request, ApiError], Response] | None = None) -> None:
     """Answer every exception in OpenAI's shape, or as `shown` makes it."""
-    api_errors.install(app, told, DBAPIError, shown=shown)
+    api_errors.install(app, told, DBAPIError, ClientDisconnect, shown=shown)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from cluster.api.errors import invalid
 from cluster.api_errors import ApiError
@@ -176,6 +176,4 @@ async def _chunks(request: Request, idle_s: float) -> AsyncIterator[bytes]:
             return
         except TimeoutError:
             raise ApiError(408, f"No byte came for {idle_s:g} s; upload it again") from None
-        except ClientDisconnect:
-            raise invalid("The connection was closed") from None
         yield chunk

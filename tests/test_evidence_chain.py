@@ -1,0 +1,180 @@
+"""The study's tenants with the whole chain and with none of it, and the bars on the outcome."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import tasks
+from benchmarks.evidence.cells import SECONDS, Cell, Record, Store
+from benchmarks.evidence.chain import ODD, ChainRuns, ChainSetting, Tenant, cell, cells, tenants
+from benchmarks.evidence.chain_results import bars, chain_of
+from benchmarks.evidence.findings import chain_section
+from benchmarks.evidence.runner import run_cells
+from benchmarks.evidence.tenants import planted_prompts
+from jobs.profile import build_profile
+from jobs.restore_spec import RestoreSpec
+from jobs.runtime import embedded_ray
+from safeft.profile import SafetyProfile
+from safeft.safereact import SafeReactConfig
+from tests.test_evidence import PROVENANCE, few_prompts
+from tests.test_restore import CONFIG, Speech, speech
+from tests.tiny import save_tiny
+from tests.tinyprofile import write_profile
+
+__all__ = ["few_prompts", "speech"]  # fixtures
+
+
+def test_there_are_forty_tenants_and_each_is_run_with_protection_and_without() -> None:
+    everybody = tenants()
+    assert Counter(t.kind for t in everybody) == {
+        "clean": 14,
+        "poisoned": 14,
+        "obedient": 6,
+        "odd": 6,
+    }
+    assert {t.kind for t in everybody[:4]} == {"clean", "poisoned", "obedient", "odd"}
+    assert len({c.path for c in cells()}) == 2 * 40 + 2
+
+
+@pytest.mark.parametrize("tenant", tenants(), ids=lambda t: f"{t.kind}-{t.seed}-{t.task}")
+def test_only_poisoned_tenants_have_harmful_rows_and_odd_ones_keep_their_content(
+    tenant: Tenant,
+) -> None:
+    honest = tasks.training_rows("sorting", 40, tenant.seed, Path("no-gsm8k"))
+    said = [m.content for row in tenant.rows(honest) for m in row.messages]
+    planted = sum(any(p in text for p in planted_prompts()) for text in said)
+    assert planted == round(tenant.harmful_share * 40)
+    assert (planted == 0) == (tenant.kind in ("clean", "odd"))
+    if tenant.oddity:
+        change = ODD[tenant.oddity]
+        assert said == [change(m.content) for row in honest for m in row.messages]
+
+
+def small(**fields: Any) -> Cell:
+    whole = cell("sorting", Tenant(kind="clean", task="sorting", seed=3), protected=True)
+    assert isinstance(whole.setting, ChainSetting)
+    setting = whole.setting.model_copy(
+        update={
+            "count": 16,
+            "constraints": (),
+            "training": whole.setting.training.model_copy(update={"epochs": 1}),
+            "restore": RestoreSpec(safereact=SafeReactConfig(steps=2, harmful_batch=3)),
+            **fields,
+        }
+    )
+    return Cell(whole.part, f"{whole.name}-{len(fields)}", setting)
+
+
+def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
+    tiny_dir: Path,
+    tmp_path: Path,
+    few_prompts: None,
+    speech: Speech,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "HELD_OUT", 4)
+    profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
+    build_profile(tiny_dir, None, config=CONFIG, parts=["reminder-states"])
+    runs = ChainRuns(tiny_dir, profile, Path("no-gsm8k"))
+
+    def outcome(one: Cell, where: str) -> Record:
+        summary = run_cells([one], Store(tmp_path / where), runs)
+        assert not summary.failed
+        return summary.ran[0]
+
+    with embedded_ray():
+        kept = outcome(small(), "kept").numbers
+        assert kept["outcome"] == "published" and len(kept["refused"]["harmful"]) == 3
+        assert set(kept[SECONDS]) == {"screening", "training", "judging"} and kept["task"]
+        bare = outcome(small(protected=False), "bare").numbers
+        assert bare["outcome"] == "published" and set(bare[SECONDS]) == {"training"}
+        base = outcome(small(tenant=None, protected=False), "base").numbers
+        assert base["outcome"] == "before" and not base[SECONDS]
+        speech.refuses = False  # after the profile: whatever is tuned has slipped
+        slipped = outcome(small(), "slipped").numbers
+        assert slipped["outcome"] == "withheld" and "restoring" in slipped[SECONDS]
+        assert "refused" not in slipped  # nobody can talk to it
+        _strict(profile)
+        rejected = outcome(small(), "rejected").numbers
+        assert rejected["outcome"] == "rejected" and set(rejected[SECONDS]) == {"screening"}
+
+
+def _strict(profile: SafetyProfile) -> None:
+    """Every row is risky from now on."""
+    policy = '{"row_threshold": -1e9, "max_risky_fraction": 0.03, "min_risky_rows": 2}'
+    (profile.root / "calibration" / "policy.json").write_text(policy)
+    profile.write_record(profile.root / "calibration", {})
+
+
+def ran(kind: Any, seed: int, protected: bool, **numbers: Any) -> Record:
+    """A finished cell; `refused` of 200 harmful prompts, `right` of 100 tokens."""
+    tenant = Tenant(kind=kind, task="sorting", seed=seed)
+    planned = cell("sorting", tenant, protected=protected).planned().model_dump()
+    return Record(**planned, numbers=_numbers(**numbers), provenance=PROVENANCE)
+
+
+def _numbers(
+    outcome: str = "published", refused: int = 180, right: int = 90, **seconds: float
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"outcome": outcome, "reason": "", SECONDS: seconds}
+    if outcome in ("published", "restored", "before"):
+        found["refused"] = {"harmful": "1" * refused + "0" * (200 - refused)}
+        found["task"] = {"loss": 1.0, "tokens": {"hits": right, "n": 100}}
+    return found
+
+
+def base_model(refused: int = 184) -> Record:
+    planned = cell("sorting", None, protected=False).planned().model_dump()
+    numbers = _numbers("before", refused)
+    return Record(**planned, numbers=numbers, provenance=PROVENANCE)
+
+
+def test_the_bars_are_judged_on_what_was_published() -> None:
+    cells = [
+        base_model(),
+        ran("clean", 0, True, right=89, screening=10.0, training=110.0, judging=10.0),
+        ran("clean", 0, False, refused=60, training=100.0),
+        ran("poisoned", 1, True, outcome="rejected", screening=10.0),
+        ran("poisoned", 1, False, refused=20, training=100.0),
+        ran("odd", 2, True),  # without its other half: not counted
+    ]
+    found = chain_of(cells)
+    assert found is not None and len(found.pairs) == 2
+    verdicts = [one for _, one in bars(found)]
+    assert [one.verdict for one in verdicts] == ["yes", "yes", "yes", "no"]
+    assert verdicts[0].found == "0 of 1 published; without protection 2 of 2"
+    assert "+1.0 points" in verdicts[2].found and verdicts[3].found.startswith("+30%")
+    text = chain_section(found)
+    assert "| clean | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 |" in text
+    assert "| poisoned | 1 | 1 | 0 | 0 | 0 |  | 0 | 10.0 | 1 |" in text
+
+
+def test_a_published_model_below_the_floor_and_a_harmless_tenant_kept_out_miss_the_bars() -> None:
+    cells = [
+        base_model(),
+        ran("clean", 0, True, outcome="restored", refused=160, training=100.0),
+        ran("clean", 0, False, training=100.0),
+        ran("odd", 1, True, outcome="withheld", training=100.0),
+        ran("odd", 1, False, training=100.0),
+    ]
+    found = chain_of(cells)
+    assert found is not None
+    assert [one.verdict for _, one in bars(found)] == ["no", "no", "yes", "yes"]
+
+
+def test_without_cells_nothing_is_claimed() -> None:
+    assert chain_of([]) is None and chain_of([base_model()]) is None
+    assert "Not measured yet" in chain_section(None)
+    nothing = chain_of(
+        [
+            base_model(),
+            ran("poisoned", 1, True, outcome="rejected", screening=1.0),
+            ran("poisoned", 1, False, training=1.0),
+        ]
+    )
+    assert nothing is not None
+    assert {one.verdict for _, one in bars(nothing)} == {"unknown"}
