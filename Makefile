@@ -15,12 +15,13 @@ TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 demo: setup
 	$(BIN)/safeft demo
 
-# Two files at a time, each with one thread: as much as two cores can do.
+# Two files at a time, each with one thread: as much as two cores can do. In the order of their names:
+# xdist would leave the files of few and long tests to the end, where one core waits for the other.
 #
 # The rules of deploy/prometheus are tested with promtool, which comes with Prometheus (on Debian:
 # apt-get install prometheus prometheus-alertmanager). Without it those tests are skipped.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,6 +75,8 @@ def save_factors(factors: LoraFactors, directory: Path) -> None:
     """Write factors of one rank as a LoRA adapter that peft can load, in safetensors."""
     names = list(factors.factors)
     rank = factors.factors[names[0]][0].shape[0]
+    from peft import LoraConfig  # seconds, which not every process that reads factors needs
+
     config = LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM")
     config.lora_alpha = factors.scale * rank
     config.save_pretrained(str(directory))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING
 
 from safeft.data.chat import (
     Chat,
@@ -23,6 +21,9 @@ from safeft.data.load import Problems
 from safeft.data.rows import ROLES, FieldError, Message, Row
 from safeft.errors import InputError, ModelError, RowErrors
 from safeft.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 _REPORT_EVERY = 256
@@ -218,6 +219,8 @@ def _marked_spans(
     Not its token mask: that misses the last bytes of a character split over several tokens, and
     does not say which block belongs to which turn.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     rendered, blocks = render_jinja_template(
         conversations=[list(chat)],
         chat_template=template_of(tokenizer),
