@@ -31,6 +31,8 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
 }
+#: The same, where Ray is started here: no machine of a cluster of one is announced to go away.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def worker_environment(*, use_gpu: bool) -> dict[str, str]:
@@ -73,6 +75,8 @@ def embedded_ray(address: str | None = None, num_cpus: int | None = None) -> Ite
     if ray.is_initialized():
         yield
         return
+    for name, value in ({} if address else _LOCAL_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
     temp_dir = None if address else _short_temp_dir()
     try:
         with _signals_restored(), _kept(address, temp_dir, num_cpus):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.evidence import tasks
-from benchmarks.evidence.cells import SECONDS, Cell, Record, Store
+from benchmarks.evidence import chain, tasks
+from benchmarks.evidence.cells import METRICS, SECONDS, Cell, Record, Store
 from benchmarks.evidence.chain import ODD, ChainRuns, ChainSetting, Tenant, cell, cells, tenants
 from benchmarks.evidence.chain_results import bars, chain_of
 from benchmarks.evidence.findings import chain_section
@@ -90,17 +92,41 @@ def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
         kept = outcome(small(), "kept").numbers
         assert kept["outcome"] == "published" and len(kept["refused"]["harmful"]) == 3
         assert set(kept[SECONDS]) == {"screening", "training", "judging"} and kept["task"]
-        bare = outcome(small(protected=False), "bare").numbers
-        assert bare["outcome"] == "published" and set(bare[SECONDS]) == {"training"}
         base = outcome(small(tenant=None, protected=False), "base").numbers
         assert base["outcome"] == "before" and not base[SECONDS]
         speech.refuses = False  # after the profile: whatever is tuned has slipped
-        slipped = outcome(small(), "slipped").numbers
+        for file in (METRICS, "job/evaluation.json"):  # what was screened and trained stays
+            next((tmp_path / "kept").glob(f"*/*/{file}")).unlink()
+        slipped = outcome(small(), "kept").numbers
         assert slipped["outcome"] == "withheld" and "restoring" in slipped[SECONDS]
         assert "refused" not in slipped  # nobody can talk to it
         _strict(profile)
         rejected = outcome(small(), "rejected").numbers
         assert rejected["outcome"] == "rejected" and set(rejected[SECONDS]) == {"screening"}
+
+
+def test_an_unprotected_tenant_is_trained_and_published_as_it_came(
+    tiny_dir: Path,
+    tmp_path: Path,
+    few_prompts: None,
+    speech: Speech,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "HELD_OUT", 4)
+    trained: list[Any] = []
+
+    def finetune(spec: Any, *, rows: Any, **_: Any) -> Any:
+        trained.append((spec.constraints, len(rows)))
+        return SimpleNamespace(weights=tiny_dir)
+
+    monkeypatch.setattr(chain, "finetune", finetune)
+    monkeypatch.setattr(chain, "embedded_ray", nullcontext)
+    runs = ChainRuns(tiny_dir, SafetyProfile(tmp_path, ""), Path("no-gsm8k"))
+    summary = run_cells([small(protected=False)], Store(tmp_path / "bare"), runs)
+    assert not summary.failed and trained == [((), 16)]
+    bare = summary.ran[0].numbers
+    assert bare["outcome"] == "published" and set(bare[SECONDS]) == {"training"}
+    assert len(bare["refused"]["harmful"]) == 3
 
 
 def _strict(profile: SafetyProfile) -> None:

@@ -26,17 +26,20 @@ def finetune(
     3: the dataset was rejected. 4: the tuned model failed the safety gate. 5: the dataset waits
     for a person's review.
     """
-    from cluster.cli.evaluate import show_outcome
-    from jobs.gate import require_passed
-    from jobs.pipeline import run_job
     from jobs.policy import read_policy
     from jobs.spec import load_spec
 
     spec = load_spec(spec_file)
+    limits = read_policy(policy) if policy else None
+    # Seconds of imports, which a wrong spec need not wait for.
+    from cluster.cli.evaluate import show_outcome
+    from jobs.gate import require_passed
+    from jobs.pipeline import run_job
+
     if seed is not None:
         spec = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": seed})})
     with progress_bars() as progress:
-        result = run_job(spec, progress, policy=read_policy(policy) if policy else None)
+        result = run_job(spec, progress, policy=limits)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:

@@ -31,14 +31,16 @@ def restore(
     A restoration that was interrupted goes on when it is run again. Exit code 0: restored. 4: the
     safety gate failed after restoration too.
     """
-    from cluster.cli.evaluate import show_outcome
-    from jobs.gate import require_passed
     from jobs.policy import read_policy
-    from jobs.restore import restore_job
     from jobs.spec import load_spec
 
     spec = load_spec(spec_file)
     limits = read_policy(policy) if policy else None
+    # Seconds of imports, which a wrong spec need not wait for.
+    from cluster.cli.evaluate import show_outcome
+    from jobs.gate import require_passed
+    from jobs.restore import restore_job
+
     with progress_bars() as progress:
         result = restore_job(spec, progress, adapter=adapter, output=output, policy=limits)
     if as_json:
