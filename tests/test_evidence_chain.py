@@ -71,14 +71,15 @@ def small(**fields: Any) -> Cell:
     return Cell(whole.part, f"{whole.name}-{len(fields)}", setting)
 
 
-def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
-    tiny_dir: Path,
-    tmp_path: Path,
-    few_prompts: None,
-    speech: Speech,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def short(few_prompts: None, speech: Speech, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few prompts and held-out rows, and answers that are put into the models' mouths."""
     monkeypatch.setattr(tasks, "HELD_OUT", 4)
+
+
+def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
+    tiny_dir: Path, tmp_path: Path, short: None, speech: Speech
+) -> None:
     profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
     build_profile(tiny_dir, None, config=CONFIG, parts=["reminder-states"])
     runs = ChainRuns(tiny_dir, profile, Path("no-gsm8k"))
@@ -98,6 +99,7 @@ def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
         for file in (METRICS, "job/evaluation.json"):  # what was screened and trained stays
             next((tmp_path / "kept").glob(f"*/*/{file}")).unlink()
         slipped = outcome(small(), "kept").numbers
+        assert all(slipped[SECONDS][name] >= spent for name, spent in kept[SECONDS].items())
         assert slipped["outcome"] == "withheld" and "restoring" in slipped[SECONDS]
         assert "refused" not in slipped  # nobody can talk to it
         _strict(profile)
@@ -106,13 +108,8 @@ def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
 
 
 def test_an_unprotected_tenant_is_trained_and_published_as_it_came(
-    tiny_dir: Path,
-    tmp_path: Path,
-    few_prompts: None,
-    speech: Speech,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_dir: Path, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "HELD_OUT", 4)
     trained: list[Any] = []
 
     def finetune(spec: Any, *, rows: Any, **_: Any) -> Any:

@@ -23,17 +23,17 @@ from benchmarks.evidence.constraints import (
     MAX_TOKENS,
     ROWS,
     WORK_A_ROW,
-    measured,
+    asked,
     prompts_in,
     training,
 )
 from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
 from benchmarks.evidence.tenants import Style, tenant_rows
-from jobs.evaluate import evaluate
 from jobs.finetune import finetune
 from jobs.intake import open_job, read_data, screen_data
 from jobs.pipeline import run_job, train_job
 from jobs.restore import restore_job
+from jobs.restore.run import STACKED
 from jobs.restore_spec import RestoreSpec
 from jobs.review import is_accepted
 from jobs.runtime import embedded_ray
@@ -127,7 +127,7 @@ def tenants() -> list[Tenant]:
         ]
     for seed, name in enumerate(ODD):
         drawn["odd"].append(Tenant(kind="odd", task="sorting", seed=30 + seed, oddity=name))
-    drawn["odd"].append(Tenant(kind="odd", task="gsm8k", seed=35, oddity="capitals"))
+    drawn["odd"].append(Tenant(kind="odd", task="gsm8k", seed=35, oddity="backwards"))
     places = [
         (number / len(alike), kind, tenant)
         for kind, alike in drawn.items()
@@ -189,21 +189,17 @@ class ChainRuns:
             clean = setting.tenant.model_copy(update={"harmful_share": 0.0, "seed": 0})
             held_out = clean.rows(held_out)
             spec = self._spec(setting, rows, held_out, directory)
-            run = self._protected if setting.protected else self._unprotected
-            weights, said = run(spec, rows, progress)
+            seconds = Seconds(directory / "seconds.json")
+            if setting.protected:
+                weights, said = self._protected(spec, seconds, progress)
+            else:
+                weights, said = self._unprotected(spec, rows, seconds, progress)
             numbers |= said
             if weights is None:
                 return numbers
-        found = evaluate(
-            self._model_dir,
-            weights,
-            split=setting.split,
-            held_out=held_out,
-            max_tokens=MAX_TOKENS,
-            output=directory / "published.json",
-            progress=progress,
-        )
-        return numbers | measured(found)
+        output = directory / "published.json"
+        found = asked(self._model_dir, weights, setting.split, held_out, output, progress)
+        return numbers | found
 
     def _spec(
         self, setting: ChainSetting, rows: Sequence[Row], held_out: Sequence[Row], directory: Path
@@ -229,36 +225,33 @@ class ChainRuns:
         )
 
     def _protected(
-        self, spec: FinetuneSpec, _: Sequence[Row], progress: Progress
+        self, spec: FinetuneSpec, seconds: Seconds, progress: Progress
     ) -> tuple[Path | None, dict[str, Any]]:
-        seconds: dict[str, float] = {}
         screening = spec.output.parent / "screening"
         with embedded_ray():
-            with _timed(seconds, "screening"):
+            with seconds.of("screening"):
                 opened = open_job(spec, progress)
                 data = read_data(spec, opened.model_dir, progress)
                 screened = screen_data(spec, opened, data.train, progress, screening)
             if not is_accepted(screened.verdict, screened.review):
                 return None, _said("rejected", screened.verdict.reason, seconds)
-            with _timed(seconds, "training"):
+            with seconds.of("training"):
                 train_job(spec, progress, screening=screening)
-            with _timed(seconds, "judging"):
+            with seconds.of("judging"):
                 result = run_job(spec, progress, screening=screening)
             if result.published:
                 return Path(result.published), _said("published", result.gate.reason, seconds)
-            with _timed(seconds, "restoring"):
+            with seconds.of("restoring"):
                 restored = restore_job(spec, progress, screening=screening)
         if restored.published is None:
             return None, _said("withheld", restored.gate.reason, seconds)
-        return Path(restored.published) / "stacked", _said(
-            "restored", restored.gate.reason, seconds
-        )
+        stacked = Path(restored.published) / STACKED
+        return stacked, _said("restored", restored.gate.reason, seconds)
 
     def _unprotected(
-        self, spec: FinetuneSpec, rows: Sequence[Row], progress: Progress
+        self, spec: FinetuneSpec, rows: Sequence[Row], seconds: Seconds, progress: Progress
     ) -> tuple[Path | None, dict[str, Any]]:
-        seconds: dict[str, float] = {}
-        with embedded_ray(), _timed(seconds, "training"):
+        with embedded_ray(), seconds.of("training"):
             result = finetune(
                 spec,
                 rows=tokenise_all(list(rows), self._tokenizer, MAX_TOKENS, "tenant's rows"),
@@ -270,17 +263,27 @@ class ChainRuns:
         return result.weights, _said("published", "nobody looked", seconds)
 
 
-def _said(outcome: str, reason: str, seconds: dict[str, float]) -> dict[str, Any]:
-    return {"outcome": outcome, "reason": reason, SECONDS: seconds}
+class Seconds:
+    """How long a cell's stages took, with what runs of it spent on them that were interrupted."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.spent: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        """Count the block to a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            self.spent[stage] = round(self.spent.get(stage, 0.0) + took, 1)
+            write_whole(self._file, json.dumps(self.spent))
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = round(time.perf_counter() - began, 1)
+def _said(outcome: str, reason: str, seconds: Seconds) -> dict[str, Any]:
+    return {"outcome": outcome, "reason": reason, SECONDS: seconds.spent}
 
 
 def _odd(row: Row, name: str) -> Row:

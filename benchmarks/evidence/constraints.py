@@ -23,7 +23,7 @@ from jobs.finetune.parts import needed_parts
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from jobs.training_rows import safety_rows
 from safeft.constraints import ConstraintConfig
-from safeft.data import tokenise_all
+from safeft.data import Row, tokenise_all
 from safeft.evaluate import AnswerClass, measure_accuracy
 from safeft.models import load_merged, load_tokenizer
 from safeft.profile import SafetyProfile
@@ -164,16 +164,8 @@ class ConstraintRuns:
         held_out = held_out_rows(setting.task, self._gsm8k)
         if setting.style == "obedient":
             held_out = tenant_rows(held_out, 0.0, "obedient", seed=0)
-        found = evaluate(
-            self._model_dir,
-            tuned,
-            split=setting.split,
-            held_out=held_out,
-            max_tokens=MAX_TOKENS,
-            output=directory / "evaluation.json",
-            progress=progress,
-        )
-        numbers |= measured(found)
+        output = directory / "evaluation.json"
+        numbers |= asked(self._model_dir, tuned, setting.split, held_out, output, progress)
         if setting.task == "sorting":
             answers = measure_accuracy(
                 load_merged(self._model_dir, tuned),
@@ -219,6 +211,27 @@ class ConstraintRuns:
 def prompts_in(split: Split) -> int:
     """How many prompts an evaluation asks."""
     return sum(len(load_prompts(kind, split)) for kind in KINDS)
+
+
+def asked(
+    model_dir: Path,
+    tuned: Path | None,
+    split: Split,
+    held_out: Sequence[Row],
+    output: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`measured` of a tuned model, or of the base model, on prompts and on the tenant's task."""
+    found = evaluate(
+        model_dir,
+        tuned,
+        split=split,
+        held_out=held_out,
+        max_tokens=MAX_TOKENS,
+        output=output,
+        progress=progress,
+    )
+    return measured(found)
 
 
 def measured(found: Evaluation) -> dict[str, Any]:

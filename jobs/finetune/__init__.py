@@ -6,8 +6,9 @@ it and train nothing.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safeft.lazy import lazily
 
 if TYPE_CHECKING:
     from jobs.finetune.manifest import Manifest
@@ -15,14 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneResult", "Manifest", "finetune"]
 
-_LAZY = {
-    "FinetuneResult": "jobs.finetune.run",
-    "Manifest": "jobs.finetune.manifest",
-    "finetune": "jobs.finetune.run",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "FinetuneResult": "jobs.finetune.run",
+        "Manifest": "jobs.finetune.manifest",
+        "finetune": "jobs.finetune.run",
+    },
+)

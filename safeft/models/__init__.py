@@ -5,9 +5,9 @@ Importing this package costs no torch: the loaders are imported when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from safeft.lazy import lazily
 from safeft.models.fetch import resolve
 from safeft.models.hashes import adapter_hash, tuned_hash, weights_hash
 from safeft.models.source import Source, parse_source
@@ -31,17 +31,14 @@ __all__ = [
     "weights_hash",
 ]
 
-_LAZY = {
-    "load_adapter": "safeft.models.adapter",
-    "load_architecture": "safeft.models.load",
-    "load_merged": "safeft.models.adapter",
-    "load_model": "safeft.models.load",
-    "load_tokenizer": "safeft.models.load",
-    "read_lora": "safeft.models.adapter",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "load_adapter": "safeft.models.adapter",
+        "load_architecture": "safeft.models.load",
+        "load_merged": "safeft.models.adapter",
+        "load_model": "safeft.models.load",
+        "load_tokenizer": "safeft.models.load",
+        "read_lora": "safeft.models.adapter",
+    },
+)
