@@ -21,6 +21,7 @@ from cluster.state.models import File, Job, JobEvent, PublishedModel, Stage
 from cluster.tenancy.audit import AuditBroken, entries, verify
 
 WAY = ["validating", "screening", "training", "evaluating", "publishing"]
+RESTORED_WAY = [*WAY[:4], "restoring", "evaluating", "publishing"]
 _KEPT = select(File.tenant_id, File.id).where(File.sha256.is_not(None), File.deleted_at.is_(None))
 _DAY_S = 25 * 3600.0
 
@@ -53,7 +54,7 @@ def judge(
             rows = session.scalars(
                 select(Stage).where(Stage.job_id == job.id).order_by(Stage.attempt)
             ).all()
-            _stages(job, list(rows), found)
+            _stages(job, ledger.jobs.get(job.id, "plain"), list(rows), found)
             numbers = session.scalars(
                 select(JobEvent.number).where(JobEvent.job_id == job.id).order_by(JobEvent.number)
             ).all()
@@ -111,10 +112,11 @@ def _end(job: Job, ledger: Ledger, found: dict[str, list[str]]) -> None:
         )
 
 
-def _stages(job: Job, rows: list[Stage], found: dict[str, list[str]]) -> None:
+def _stages(job: Job, story: str, rows: list[Stage], found: dict[str, list[str]]) -> None:
     """Each stage was done once, in its order, and its attempts are numbered without gaps."""
+    way = RESTORED_WAY if story in ("weak", "slipped") else WAY
     done = [row.stage for row in rows if row.outcome in ("done", "refused", "below_gate")]
-    if done != WAY[: len(done)] or (job.phase == "succeeded" and done != WAY):
+    if done != way[: len(done)] or (job.phase == "succeeded" and done != way):
         found["doubled_stages"].append(f"{job.id}: {done}")
     numbers = [row.attempt for row in rows]
     if numbers != list(range(1, len(rows) + 1)) or any(row.outcome is None for row in rows):
