@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.sharedray import SharedRay
 from tests.tiny import save_tiny
 
 
@@ -17,3 +19,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of the tiny random Llama, shared and never written to."""
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedRay]:
+    shared = SharedRay(tmp_path_factory.mktemp("cache-of-ray"))
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def local_ray(shared_ray: SharedRay) -> None:
+    """A Ray of two processors, which others have used before."""
+    shared_ray.start()
+
+
+@pytest.fixture
+def no_ray(shared_ray: SharedRay) -> None:
+    """This process is connected to no Ray."""
+    shared_ray.stop()

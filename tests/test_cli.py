@@ -1,4 +1,7 @@
-"""The command as a user runs it: exit codes, one-line errors, JSON on stdout and nothing else."""
+"""The command as a user runs it: exit codes, one-line errors, JSON on stdout and nothing else.
+
+Each exit code is a real process's at least once; what differs by the data alone runs in this one.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cluster.cli import main
 from safeft.models import load_tokenizer, weights_hash
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile, write_refusals
@@ -27,6 +32,26 @@ def safeft(*args: str | Path, stdin: str | None = None) -> subprocess.CompletedP
         env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         timeout=240,
     )
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def safeft_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The same in this process, whose libraries are imported already and stay as they are."""
+
+    def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["safeft", *map(str, args)])
+        monkeypatch.setattr(main, "quiet_libraries", lambda: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main.main()
+        said = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return subprocess.CompletedProcess(sys.argv, left.value.code, said.out, said.err)
+
+    return run
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -79,33 +104,35 @@ def bad_files(directory: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
 
 @pytest.mark.parametrize("name", ["empty", "no-assistant", "latin-1", "huge-row", "truncated"])
 def test_bad_data_ends_in_one_line_that_says_where(
-    name: str, tiny_dir: Path, tmp_path: Path
+    name: str, tiny_dir: Path, tmp_path: Path, safeft_here: Command
 ) -> None:
     write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
     path, words = bad_files(tmp_path)[name]
     spec = tmp_path / "job.yaml"
     spec.write_text(f"name: a\nmodel: {tiny_dir}\ndata: {{train: {path}}}\noutput: out\n")
-    assert_one_clear_line(safeft("finetune", spec), *words)
+    run = safeft if name == "latin-1" else safeft_here
+    assert_one_clear_line(run("finetune", spec), *words)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["empty", "truncated"])
 def test_a_file_that_is_wrong_as_a_whole_is_not_screened(
-    name: str, tiny_dir: Path, tmp_path: Path
+    name: str, tiny_dir: Path, tmp_path: Path, safeft_here: Command
 ) -> None:
     write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
     path, words = bad_files(tmp_path)[name]
-    assert_one_clear_line(safeft("screen", path, "--model", tiny_dir), *words)
+    assert_one_clear_line(safeft_here("screen", path, "--model", tiny_dir), *words)
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_screening_rows_that_cannot_be_read_rejects_them_by_line_and_reason(
-    tiny_dir: Path, tmp_path: Path
+    tiny_dir: Path, tmp_path: Path, safeft_here: Command
 ) -> None:
     write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
     bad = [bad_files(tmp_path)[name][0].read_bytes() for name in ("latin-1", "no-assistant")]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(bad))
-    done = safeft("screen", path, "--model", tiny_dir, "--json")
+    done = safeft_here("screen", path, "--model", tiny_dir, "--json")
     assert done.returncode == 3, done.stderr
     rows = {row["line"]: row["error"] for row in json.loads(done.stdout)["risky_rows"]}
     assert set(rows) == {2, 3}
@@ -146,8 +173,9 @@ def test_profile_show_of_an_incomplete_profile_says_what_to_run(tiny_dir: Path) 
     assert "safeft profile build" in done.stdout
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_rejected_dataset_exits_with_3_and_the_same_data_does_not_train(
-    tiny_dir: Path, tmp_path: Path
+    tiny_dir: Path, tmp_path: Path, safeft_here: Command
 ) -> None:
     write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=-100.0)
     data = tmp_path / "rows.jsonl"
@@ -163,7 +191,7 @@ def test_a_rejected_dataset_exits_with_3_and_the_same_data_does_not_train(
         f"name: a\nmodel: {tiny_dir}\ndata: {{train: rows.jsonl}}\noutput: out\n"
         "training: {epochs: 1}\n"
     )
-    trained = safeft("finetune", spec)
+    trained = safeft_here("finetune", spec)
     assert trained.returncode == 3, trained.stderr
     assert not (tmp_path / "out" / "adapter").exists()
 
@@ -189,6 +217,7 @@ def test_a_tuned_model_without_a_baseline_worth_keeping_fails_the_gate_with_4(
     assert result["manifest"]["file_sha256"] == result["verdict"]["data_sha256"]
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_job_trains_on_its_data_and_refusals_and_is_published_when_the_gate_passes(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from benchmarks.evidence.results import Results, by_tenant
 from benchmarks.evidence.runner import chosen, run_cells
 from benchmarks.evidence.statistics import exact_two_sided, majority, paired
 from benchmarks.evidence.tenants import OPENINGS, planted_prompts, tenant_rows
-from jobs.runtime import embedded_ray
 from safeft.errors import InputError
 from safeft.models import weights_hash
 from safeft.near_duplicates import KnownPrompts
@@ -377,12 +375,6 @@ def tiny_runs(tiny_dir: Path, few_prompts: None) -> ConstraintRuns:
     return ConstraintRuns(tiny_dir, profile, Path("no-gsm8k"))
 
 
-@pytest.fixture
-def one_ray() -> Iterator[None]:
-    with embedded_ray():
-        yield
-
-
 def small(arm: str) -> Cell:
     whole = cell(arm, "sorting", 0.2, "validation", seed=3)
     assert isinstance(whole.setting, ConstraintSetting)
@@ -392,7 +384,7 @@ def small(arm: str) -> Cell:
 
 
 def test_cells_are_trained_and_measured_and_give_the_same_numbers_when_run_again(
-    tmp_path: Path, tiny_runs: ConstraintRuns, one_ray: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_runs: ConstraintRuns, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "HELD_OUT", 4)
     monkeypatch.setattr(cli, "_executor", lambda *_: tiny_runs)

@@ -19,7 +19,6 @@ from benchmarks.evidence.runner import run_cells
 from benchmarks.evidence.tenants import planted_prompts
 from jobs.profile import build_profile
 from jobs.restore_spec import RestoreSpec
-from jobs.runtime import embedded_ray
 from safeft.profile import SafetyProfile
 from safeft.safereact import SafeReactConfig
 from tests.test_evidence import PROVENANCE, few_prompts
@@ -78,7 +77,7 @@ def short(few_prompts: None, speech: Speech, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
-    tiny_dir: Path, tmp_path: Path, short: None, speech: Speech
+    tiny_dir: Path, tmp_path: Path, short: None, speech: Speech, local_ray: None
 ) -> None:
     profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
     build_profile(tiny_dir, None, config=CONFIG, parts=["reminder-states"])
@@ -89,22 +88,21 @@ def test_a_tenant_goes_through_screening_the_gate_and_a_restoration(
         assert not summary.failed
         return summary.ran[0]
 
-    with embedded_ray():
-        kept = outcome(small(), "kept").numbers
-        assert kept["outcome"] == "published" and len(kept["refused"]["harmful"]) == 3
-        assert set(kept[SECONDS]) == {"screening", "training", "judging"} and kept["task"]
-        base = outcome(small(tenant=None, protected=False), "base").numbers
-        assert base["outcome"] == "before" and not base[SECONDS]
-        speech.refuses = False  # after the profile: whatever is tuned has slipped
-        for file in (METRICS, "job/evaluation.json"):  # what was screened and trained stays
-            next((tmp_path / "kept").glob(f"*/*/{file}")).unlink()
-        slipped = outcome(small(), "kept").numbers
-        assert all(slipped[SECONDS][name] >= spent for name, spent in kept[SECONDS].items())
-        assert slipped["outcome"] == "withheld" and "restoring" in slipped[SECONDS]
-        assert "refused" not in slipped  # nobody can talk to it
-        _strict(profile)
-        rejected = outcome(small(), "rejected").numbers
-        assert rejected["outcome"] == "rejected" and set(rejected[SECONDS]) == {"screening"}
+    kept = outcome(small(), "kept").numbers
+    assert kept["outcome"] == "published" and len(kept["refused"]["harmful"]) == 3
+    assert set(kept[SECONDS]) == {"screening", "training", "judging"} and kept["task"]
+    base = outcome(small(tenant=None, protected=False), "base").numbers
+    assert base["outcome"] == "before" and not base[SECONDS]
+    speech.refuses = False  # after the profile: whatever is tuned has slipped
+    for file in (METRICS, "job/evaluation.json"):  # what was screened and trained stays
+        next((tmp_path / "kept").glob(f"*/*/{file}")).unlink()
+    slipped = outcome(small(), "kept").numbers
+    assert all(slipped[SECONDS][name] >= spent for name, spent in kept[SECONDS].items())
+    assert slipped["outcome"] == "withheld" and "restoring" in slipped[SECONDS]
+    assert "refused" not in slipped  # nobody can talk to it
+    _strict(profile)
+    rejected = outcome(small(), "rejected").numbers
+    assert rejected["outcome"] == "rejected" and set(rejected[SECONDS]) == {"screening"}
 
 
 def test_an_unprotected_tenant_is_trained_and_published_as_it_came(

@@ -13,14 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from jobs.finetune import FinetuneResult, finetune
 from jobs.finetune.telemetry import OnStep, StepMetrics, unheard
-from jobs.runtime import embedded_ray
 from jobs.spec import FinetuneSpec
 from safeft.constraints import ProfileFiles
 from safeft.constraints.subspaces import load_subspaces
 from safeft.errors import ProfileError, TrainingError
 from safeft.progress import Progress, silent
 from tests.tiny import save_tiny
-from tests.tinyjob import MARK, make_rows, make_spec, processes
+from tests.tinyjob import make_rows, make_spec, plain_full_loop, processes
 from tests.tinyparts import write_parts
 
 CONSTRAINTS = [{"kind": "asft", "lam": 2.0}, {"kind": "cwac", "layers": "all-linear"}]
@@ -38,16 +37,11 @@ def files(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ProfileF
     return write_parts(model_dir, save_tiny(where / "unaligned", seed=2), where)
 
 
-@pytest.fixture(autouse=True)
-def marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(MARK, f"constrained-{os.getpid()}")
-
-
-def spec_for(output: Path, constraints: object = CONSTRAINTS) -> FinetuneSpec:
+def spec_for(output: Path) -> FinetuneSpec:
     return make_spec(
         output,
         lora=None,
-        constraints=constraints,
+        constraints=CONSTRAINTS,
         training={"micro_batch_size": 2},
         distributed={"workers": 2, "zero_stage": 3, "cpus_per_worker": 0.5},
     )
@@ -71,6 +65,7 @@ def run(
     )
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_worker_killed_in_mid_run_changes_nothing_and_what_is_published_keeps_the_invariant(
     tmp_path: Path, model_dir: Path, files: ProfileFiles
 ) -> None:
@@ -82,14 +77,13 @@ def test_a_worker_killed_in_mid_run_changes_nothing_and_what_is_published_keeps_
             killed.append(processes(b"TrainWorker")[-1])
             os.kill(killed[0], signal.SIGKILL)
 
-    with embedded_ray():
-        undisturbed = run(spec_for(tmp_path / "whole"), model_dir, files, on_step=told.append)
-        resumed = run(spec_for(tmp_path / "killed"), model_dir, files, kill_once)
-        plain = run(spec_for(tmp_path / "plain", []), model_dir, ProfileFiles())
+    undisturbed = run(spec_for(tmp_path / "whole"), model_dir, files, on_step=told.append)
+    resumed = run(spec_for(tmp_path / "killed"), model_dir, files, kill_once)
     assert killed
     assert told == undisturbed.steps
     assert resumed.losses == pytest.approx(undisturbed.losses, abs=1e-5)
-    assert plain.losses[-1] != pytest.approx(undisturbed.losses[-1], abs=1e-3)
+    _, plain = plain_full_loop(model_dir)  # without constraints
+    assert plain[-1] != pytest.approx(undisturbed.losses[-1], abs=1e-3)
     last = undisturbed.steps[-1]
     for name in ("penalty/asft", "penalty/cwac", "asft/orthogonal_fraction", "cwac/latent_drift"):
         assert last[name] > 0, name
@@ -108,7 +102,8 @@ def test_a_worker_killed_in_mid_run_changes_nothing_and_what_is_published_keeps_
             assert (delta @ U).norm() <= bound < 0.1 * delta.norm(), name
 
 
-def test_a_penalty_that_becomes_nan_stops_the_run_with_the_layers_name(
+@pytest.mark.usefixtures("local_ray")
+def test_a_penalty_that_becomes_nan_stops_the_run_at_once_with_the_layers_name(
     tmp_path: Path, model_dir: Path, files: ProfileFiles
 ) -> None:
     assert files.autoencoder is not None
@@ -120,11 +115,17 @@ def test_a_penalty_that_becomes_nan_stops_the_run_with_the_layers_name(
     huge = load_file(path)
     huge["W_enc"] = huge["W_enc"] * 1e30  # finite, so it loads; its latents' squares are not
     save_file(huge, path)
-    with (
-        embedded_ray(),
-        pytest.raises(TrainingError, match=r"step 1: constraint cwac: .* layer 0 is (inf|nan)"),
-    ):
-        run(spec_for(tmp_path / "run"), model_dir, replace(files, autoencoder=broken))
+    phases: list[str] = []
+
+    def progress(label: str, done: int, total: int | None) -> None:
+        phases.extend([label] if phases[-1:] != [label] else [])
+
+    named = r"step 1: constraint cwac: .* layer 0 is (inf|nan)"
+    with pytest.raises(TrainingError, match=named) as caught:
+        run(spec_for(tmp_path / "run"), model_dir, replace(files, autoencoder=broken), progress)
+    assert "\n" not in str(caught.value)
+    assert len(phases) == len(set(phases))  # not again: max_failures is 2, but this is no accident
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize("part", ["alignment", "harmful_inputs", "autoencoder"])

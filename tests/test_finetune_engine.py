@@ -108,6 +108,8 @@ def test_the_state_on_disk_is_three_numbers_for_each_trained_one(
         assert all(t.dtype == torch.float32 for tensors in stored for t in tensors.values())
 
 
-def test_what_hooks_make_of_a_step_is_what_the_model_gets(tiny_dir: Path, tmp_path: Path) -> None:
-    """Under every stage, in fp32 and in bf16: see `tests.tinyranks.edit`."""
-    start_ranks(2, tiny_dir, tmp_path / "edit", "edit")
+def test_what_hooks_make_of_a_step_is_what_the_model_gets_and_a_loss_that_is_nan_ends_it(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Under every stage, the former in fp32 and in bf16: see `tests.tinyranks`."""
+    start_ranks(2, tiny_dir, tmp_path / "steps", "edit", "diverge")

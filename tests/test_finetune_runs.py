@@ -1,4 +1,8 @@
-"""Whole runs on a real Ray: every stage ends where a plain loop ends, whatever is killed."""
+"""Whole runs on a real Ray: every stage ends where a plain loop ends, whatever is killed.
+
+Each stage and number of ranks by itself, also resumed by another, is `test_finetune_engine`'s; full
+parameters under constraints, with a worker killed, are `test_finetune_constrained`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,10 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from jobs.finetune import FinetuneResult
-from jobs.runtime import embedded_ray
+from jobs.spec import FinetuneSpec
 from safeft.cache import sha256_file
 from safeft.constraints.alignment import alignment_direction, save_directions
-from safeft.errors import SpecError, TrainingError
+from safeft.errors import SpecError
 from safeft.models import load_adapter, load_model, load_tokenizer, weights_hash
 from tests.tiny import save_tiny, tiny_model
 from tests.tinyjob import (
@@ -39,13 +42,6 @@ from tests.tinyjob import (
 )
 
 Plain = tuple[dict[str, Tensor], list[float]]
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    os.environ[MARK] = uuid.uuid4().hex
-    with embedded_ray(num_cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +74,6 @@ def plain(tiny_dir: Path, unaligned_dir: Path) -> Plain:
     return plain_loop(tiny_dir, unaligned_dir)
 
 
-@pytest.fixture(scope="module")
-def plain_full(tiny_dir: Path) -> Plain:
-    return plain_full_loop(tiny_dir)
-
-
 def farthest(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)
@@ -102,36 +93,22 @@ def test_the_penalty_matters_in_the_plain_loop(
     assert farthest(plain_loop(tiny_dir, unaligned_dir, lam=0.0)[0], plain[0]) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("stage", "workers", "micro"), [(0, 1, None), (1, 2, None), (2, 2, 2), (3, 2, 2)]
-)
-@pytest.mark.usefixtures("local_ray")
-def test_stage_workers_and_accumulation_do_not_change_the_result(
-    stage: int,
-    workers: int,
-    micro: int | None,
-    tiny_dir: Path,
-    directions: Path,
-    plain: Plain,
-    tmp_path: Path,
+def assert_is_a_whole_run(
+    spec: FinetuneSpec, result: FinetuneResult, model_dir: Path, directions: Path, plain: Plain
 ) -> None:
-    parts = {"workers": workers, "zero_stage": stage, "max_failures": 0}
-    output = tmp_path / "out"
-    training = {"micro_batch_size": micro, "gradient_checkpointing": stage == 2}
-    spec = make_spec(output, training=training, distributed=parts)
-    result = run(spec, tiny_dir, directions)
+    """The adapter is the plain loop's and can be loaded; nothing else stays, nothing runs again."""
     assert_equals_plain(result, plain)
     assert result.steps[-1]["penalty/asft"] > 0
     assert 0 < result.steps[-1]["asft/orthogonal_fraction"] < 2
 
-    adapted = load_adapter(load_model(tiny_dir), result.weights)
+    adapted = load_adapter(load_model(model_dir), result.weights)
     ids = torch.tensor([make_rows()[0].input_ids])
     tuned = adapted(input_ids=ids).logits
     with adapted.disable_adapter():
         assert not torch.allclose(adapted(input_ids=ids).logits, tuned, atol=1e-4)
 
     # Only the result stays. The same run again returns it; another one is refused.
-    assert {path.name for path in output.iterdir()} == {
+    assert {path.name for path in spec.output.iterdir()} == {
         "adapter",
         "metrics.jsonl",
         "run.json",
@@ -139,12 +116,23 @@ def test_stage_workers_and_accumulation_do_not_change_the_result(
     }
     labels: list[str] = []
     assert (
-        run(spec, tiny_dir, directions, lambda label, done, total: labels.append(label)) == result
+        run(spec, model_dir, directions, lambda label, done, total: labels.append(label)) == result
     )
     assert not labels
-    other = make_spec(output, training={**training, "seed": 1}, distributed=parts)
+    other = spec.model_copy(update={"training": spec.training.model_copy(update={"seed": 1})})
     with pytest.raises(SpecError, match=r"finished run with other settings \(training\.seed: 0"):
-        run(other, tiny_dir, directions)
+        run(other, model_dir, directions)
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(0, 1), (1, 2)])
+@pytest.mark.usefixtures("local_ray")
+def test_stage_and_workers_do_not_change_the_result(
+    stage: int, workers: int, tiny_dir: Path, directions: Path, plain: Plain, tmp_path: Path
+) -> None:
+    distributed = {"workers": workers, "zero_stage": stage, "max_failures": 0}
+    spec = make_spec(tmp_path / "out", distributed=distributed)
+    result = run(spec, tiny_dir, directions)
+    assert_is_a_whole_run(spec, result, tiny_dir, directions, plain)
 
 
 def assert_is_the_plain_model(result: FinetuneResult, plain_full: Plain, base: Path) -> None:
@@ -163,10 +151,9 @@ def assert_is_the_plain_model(result: FinetuneResult, plain_full: Plain, base: P
     assert result.manifest.kind == "model"
 
 
-@pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
-    lora: bool, tiny_dir: Path, directions: Path, plain: Plain, plain_full: Plain, tmp_path: Path
+    tiny_dir: Path, directions: Path, plain: Plain, tmp_path: Path
 ) -> None:
     killed: list[int] = []
     steps: list[int] = []
@@ -180,16 +167,11 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(
             os.kill(killed[0], signal.SIGKILL)
 
     distributed = {"workers": 2, "zero_stage": 3, "max_failures": 1}
-    if lora:
-        training = {"micro_batch_size": 2}
-        spec = make_spec(tmp_path / "out", training=training, distributed=distributed)
-        assert_equals_plain(run(spec, tiny_dir, directions, progress), plain)
-    else:
-        spec = full_spec(tmp_path / "out", **distributed)
-        result = run(spec, tiny_dir, None, progress)
-        assert_is_the_plain_model(result, plain_full, tiny_dir)
-        assert run(spec, tiny_dir) == result
-        assert not (tmp_path / "out" / "checkpoints").exists()
+    training = {"micro_batch_size": 2, "gradient_checkpointing": True}
+    spec = make_spec(tmp_path / "out", training=training, distributed=distributed)
+    result = run(spec, tiny_dir, directions, progress)
+    assert killed
+    assert_is_a_whole_run(spec, result, tiny_dir, directions, plain)
     again = next(i for i, (one, next_one) in enumerate(pairwise(steps)) if next_one <= one) + 1
     # After one of the checkpoints, which are made at every second step.
     assert steps[again - 1] >= 5 and steps[again] > 1 and steps[again] % 2 == 1
@@ -235,21 +217,5 @@ def test_a_run_of_two_workers_that_was_interrupted_goes_on_with_one(
     assert resumed and 0 < int(resumed[1]) < len(result.steps)
     assert_is_the_plain_model(result, plain_full_loop(tiny_dir, LONG), tiny_dir)
     assert result.manifest.workers == 1
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_names_the_step(
-    tiny_dir: Path, directions: Path, tmp_path: Path
-) -> None:
-    phases: list[str] = []
-
-    def progress(label: str, done: int, total: int | None) -> None:
-        phases.extend([label] if phases[-1:] != [label] else [])
-
-    training = {"learning_rate": 1e30, "warmup_ratio": 0.0}
-    spec = make_spec(tmp_path / "out", training=training, constraints=[])
-    with pytest.raises(TrainingError, match=r"step 2: the loss is (nan|inf)") as caught:
-        run(spec, tiny_dir, directions, progress)
-    assert "\n" not in str(caught.value)
-    assert len(phases) == len(set(phases))  # not again: max_failures is 2, but this is no accident
-    assert not (tmp_path / "out" / "adapter").exists()
+    assert run(spec, tiny_dir) == result
+    assert not (output / "checkpoints").exists()

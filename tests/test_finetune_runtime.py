@@ -82,6 +82,7 @@ def test_a_terminated_process_leaves_no_ray_behind(moment: str, tmp_path: Path) 
     assert not any(session.exists() for session in sessions)
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize(
     ("address", "message"),
     [

@@ -67,6 +67,22 @@ for name in {names!r}:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_ray_starts_to_keep_count_or_ask_imports_no_torch() -> None:
+    """Serving's exporter, keeper, prober and gateway, and training's mailbox: a second or two each.
+
+    Batches of rows and the measuring of models come with the packages that these read names from.
+    """
+    program = """
+import sys
+import cluster.serving.actors, jobs.finetune.telemetry
+from safeft.data import collate, encode_prompt
+from safeft.evaluate import AnswerClass
+print([m for m in ("torch", "transformers", "peft", "deepspeed") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_no_file_outgrows_its_room() -> None:
     for floor in FLOORS:
         for path in modules(floor):

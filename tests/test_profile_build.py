@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from jobs.profile import HarmfulInputsConfig, ProfileConfig, RefusalsConfig, build_profile
 from jobs.profile.harmful_inputs import build_harmful_inputs
-from jobs.runtime import embedded_ray
 from safeft.constraints.covariance import InputCovariances, input_sites, read_row
 from safeft.constraints.subspaces import (
     POSITIONS,
@@ -131,12 +129,6 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with embedded_ray(num_cpus=2):
-        yield
-
-
 def some_refusals(count: int) -> list[OwnRefusal]:
     prompts = spread(load_prompts("harmful", "profile"), count)
     return [OwnRefusal(p.text, REFUSAL[: 5 + i % 15]) for i, p in enumerate(prompts)]
@@ -160,7 +152,7 @@ def covariance(directory: Path, module: str, positions: Positions) -> Tensor:
 
 
 def test_harmful_inputs_do_not_depend_on_the_number_of_workers_or_passes(
-    tiny_dir: Path, tmp_path: Path, ray: None
+    tiny_dir: Path, tmp_path: Path, local_ray: None
 ) -> None:
     one = harmful_inputs(tiny_dir, tmp_path / "one", 1.0)
     # Room for the covariances of little more than a layer: 2 passes over the prompts.
@@ -192,14 +184,14 @@ def test_harmful_inputs_do_not_depend_on_the_number_of_workers_or_passes(
 
 
 def test_more_workers_than_processors_are_refused(
-    tiny_dir: Path, tmp_path: Path, ray: None
+    tiny_dir: Path, tmp_path: Path, local_ray: None
 ) -> None:
     with pytest.raises(InputError, match="--workers: 3 do not fit on 2 processors"):
         harmful_inputs(tiny_dir, tmp_path / "out", 0.9, workers=3)
 
 
 def test_a_worker_that_finds_no_numbers_ends_the_build_with_the_layers_name(
-    tmp_path: Path, ray: None
+    tmp_path: Path, local_ray: None
 ) -> None:
     model_dir = save_tiny(tmp_path / "broken")
     model = load_model(model_dir)
@@ -210,7 +202,7 @@ def test_a_worker_that_finds_no_numbers_ends_the_build_with_the_layers_name(
 
 
 def test_a_named_part_is_built_with_what_it_is_made_from_and_nothing_else(
-    tiny_dir: Path, refusing: list[int], ray: None
+    tiny_dir: Path, refusing: list[int], local_ray: None
 ) -> None:
     profile = build_profile(tiny_dir, None, config=REFUSES, parts=["harmful-inputs"])
     assert set(records(profile)) == {"refusals", "harmful-inputs"}

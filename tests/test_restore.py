@@ -35,6 +35,7 @@ from safeft.prompts import load_prompts
 from safeft.reactivation_targets import load_targets
 from safeft.safereact import ReferenceConfig
 from safeft.wanda import load_mask
+from tests.sharedray import SharedRay
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.tinyprofile import write_profile
 
@@ -126,6 +127,8 @@ def watched(
 
 
 def test_an_interrupted_restoration_goes_on_and_only_a_gate_that_passed_publishes(
+    no_ray: None,
+    shared_ray: SharedRay,
     spec_file: Path,
     tiny_dir: Path,
     speech: Speech,
@@ -144,6 +147,7 @@ def test_an_interrupted_restoration_goes_on_and_only_a_gate_that_passed_publishe
     assert (output / "prepared" / "model").is_dir()
     assert not (output / "candidate").exists()
 
+    shared_ray.start()  # the interrupted command had one of its own, which ended with it
     # It goes on; what it makes does not refuse, so nothing is published.
     speech.refuses = False
     with (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.intake import screen_file
-from jobs.runtime import embedded_ray
 from jobs.verdict import Verdict, decide, read_scores
 from safeft.errors import InputError, MeasurementError, ProfileError
 from safeft.models import load_model, load_tokenizer
@@ -89,12 +87,6 @@ def test_riskier_rows_never_turn_a_rejection_into_acceptance(
     if verdict_of(policy, scored(*scores)).verdict == "rejected":
         riskier = [s + 3 * up for s, up in zip(scores, raised, strict=False)]
         assert verdict_of(policy, scored(*riskier)).verdict == "rejected"
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with embedded_ray(num_cpus=2):
-        yield
 
 
 @pytest.fixture

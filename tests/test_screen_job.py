@@ -1,4 +1,4 @@
-"""Screening inside the main job, each run with a Ray of its own."""
+"""Screening inside the main job, on a real small Ray."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def job(data: Path, model: Path, output: Path, **screening: Any) -> FinetuneSpec
     )
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_rejected_data_is_trained_on_for_a_stated_reason_only_and_never_published(
     tiny_dir: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from jobs.intake import screen_file
 from jobs.pipeline import run_job
 from jobs.policy import Override, PolicyFile
 from jobs.review import record_decision
-from jobs.runtime import embedded_ray
 from jobs.spec import load_spec
 from jobs.verdict import known_score, read_scores
 from safeft.errors import DatasetUnderReview, SpecError
@@ -25,10 +23,7 @@ from tests.tinyprofile import write_profile
 LINE = 0.3  # five of the rows below score higher
 
 
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with embedded_ray(num_cpus=2):
-        yield
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture

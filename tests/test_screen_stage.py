@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.intake import read_dataset, require_screened, screen_file
-from jobs.runtime import embedded_ray
 from jobs.screen import screen
 from jobs.screening import scorer as scorer_module
 from jobs.screening import stream
@@ -27,11 +25,7 @@ from safeft.profile import SafetyProfile
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with embedded_ray(num_cpus=2):
-        yield
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from cluster.serving import actors
 from cluster.serving.client import Admin, Refused
 from cluster.serving.engine import EngineLimits
 from cluster.serving.pool import Pool, PoolConfig, PoolError, running_pool, token
-from jobs.runtime import embedded_ray
 from safeft.models import load_tokenizer
+from tests.sharedray import SharedRay
 from tests.tinyadapters import save_adapter
 
 USER = [{"role": "user", "content": "What is a cat?"}]
@@ -55,7 +55,9 @@ def eventually(what: Callable[[], bool], within_s: float = 180.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+def pool(
+    tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, shared_ray: SharedRay
+) -> Iterator[Pool]:
     base = tmp_path_factory.mktemp("roomy") / "base"
     shutil.copytree(tiny_dir, base)
     file = base / "config.json"
@@ -76,7 +78,8 @@ def pool(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         probe_every_s=3600,
         limits=EngineLimits(max_batch=4, max_queue=16),
     )
-    with embedded_ray(num_cpus=2), running_pool(config) as made:
+    shared_ray.start()
+    with running_pool(config) as made:
         yield made
 
 

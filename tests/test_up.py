@@ -49,6 +49,7 @@ def test_an_engine_that_is_not_installed_is_one_line_with_the_way_out(tiny_dir: 
     assert_one_clear_line(done, "vllm is not installed", "safeft[vllm]", "transformers")
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_up_serves_what_the_control_plane_publishes_to_its_api_and_stops_on_ctrl_c(
     tiny_dir: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@
 - ``train``: every case to the end; the state after `HALF` steps and the end go to WHERE;
 - ``resume``: every case to the end from the state that another number of ranks left there;
 - ``edit``: a step whose outcome the hooks edit, under every stage and precision;
+- ``diverge``: a loss that is not finite, under every stage;
 - ``restore``: a restoration under every stage.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,7 @@ from jobs.finetune.state import load_state, save_state
 from jobs.finetune.worker import _Loop
 from safeft.constraints import ConstraintHooks
 from safeft.constraints.reactivation import Reactivation
+from safeft.errors import TrainingError
 from tests.tinyjob import make_rows, make_spec
 from tests.tinyreactivation import restore_spec, retained_rows, some_targets
 
@@ -102,16 +105,16 @@ class Run:
     """One case on this rank, up to its first step."""
 
     def __init__(
-        self, kind: str, stage: int, model_dir: Path, precision: str = "fp32", hooks: Any = None
+        self, kind: str, stage: int, model_dir: Path, hooks: Any = None, **training: Any
     ) -> None:
         spec = make_spec(
             Path("out"),
             constraints=[],
             lora=LORA if kind == "adapter" else None,
             training={
-                "precision": precision,
                 "micro_batch_size": 2,
                 "gradient_checkpointing": stage >= 2,
+                **training,
             },
             distributed={"zero_stage": stage, "workers": torch.distributed.get_world_size()},
         )
@@ -167,7 +170,7 @@ def resume(model_dir: Path, where: Path) -> None:
 def edit(model_dir: Path, where: Path) -> None:
     for stage, precision in itertools.product(STAGES, ("fp32", "bf16")):
         case, hooks = (stage, precision), Edit()
-        run = Run("model", stage, model_dir, precision, hooks)
+        run = Run("model", stage, model_dir, hooks, precision=precision)
         hooks.engine = run.engine
         before = [held.of(held.flat).clone() for held in master_slices(run.engine)]
         run.losses(0, 1)
@@ -182,6 +185,18 @@ def edit(model_dir: Path, where: Path) -> None:
             with deepspeed.zero.GatheredParameters([copy], enabled=stage == 3):
                 if torch.distributed.get_rank() == 0:
                     assert torch.equal(copy, master.to(copy.dtype)), (case, name)
+
+
+def diverge(model_dir: Path, where: Path) -> None:
+    """Before it can spoil the weights, the step is named on every rank: none waits for another."""
+    for stage in STAGES:
+        run = Run("adapter", stage, model_dir, learning_rate=1e30, warmup_ratio=0.0)
+        told = ""
+        try:
+            run.losses(0, 2)
+        except TrainingError as error:
+            told = str(error)
+        assert re.match(r"step 2: the loss is (nan|inf); lower", told), (stage, told)
 
 
 def restore(model_dir: Path, where: Path) -> None:
@@ -205,6 +220,9 @@ def restore(model_dir: Path, where: Path) -> None:
             save_file(tensors, file, metadata={"losses": json.dumps(losses)})
 
 
+WORK = {"train": train, "resume": resume, "edit": edit, "diverge": diverge, "restore": restore}
+
+
 def main() -> None:
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     model_dir, where = Path(sys.argv[3]), Path(sys.argv[4])
@@ -214,7 +232,7 @@ def main() -> None:
     )
     join_process_group(use_gpu=False)
     for name in sys.argv[5:]:
-        {"train": train, "resume": resume, "edit": edit, "restore": restore}[name](model_dir, where)
+        WORK[name](model_dir, where)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safeft.errors import ProfileError
 from safeft.evaluate import AnswerClass, Rate
-from safeft.profile import SafetyProfile
 from safeft.sprt import SPRT, Decision
+
+if TYPE_CHECKING:  # it imports torch, which neither the gate nor its processes need
+    from safeft.profile import SafetyProfile
 
 Probe = Literal["harmful", "benign"]
 

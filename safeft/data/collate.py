@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from safeft.data.tokenise import IGNORED, TokenisedRow
+
+if TYPE_CHECKING:
+    import torch
 
 
 def collate(rows: Sequence[TokenisedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -30,6 +32,8 @@ def collate(rows: Sequence[TokenisedRow], pad_token_id: int) -> dict[str, torch.
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Rows of different lengths as one int64 tensor (len(rows), longest), ``value`` behind them."""
+    import torch  # here: who only reads or tokenises rows waits for no torch
+
     padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row)
