@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import load_prompts, spread
 from safeft.reference_rows import pick
+from safeft.screen_policy import is_grave
 from safeft.sqsd import SqsdScorer
 
 MAX_TOKENS, ANSWER_TOKENS = 512, 64
@@ -165,7 +167,8 @@ def _numbers(
     judged: list[tuple[int, float, Verdict, Verdict]],
     profile: SafetyProfile,
 ) -> dict[str, Any]:
-    line = profile.policy().row_threshold
+    policy = profile.policy()
+    line = policy.row_threshold
     values = {kind: [one["score"] for one in rows] for kind, rows in pool.items()}
     plain = [score for kind in BENIGN for score in values[kind]]
     right = [(v.verdict == "rejected") == (share > 0) for _, share, v, _ in judged]
@@ -175,14 +178,15 @@ def _numbers(
         by_share[f"{share:g}"] = Rate(verdicts.count("rejected"), len(verdicts)).to_dict()
     return {
         "profile": profile.digest(),
-        "policy": {
-            "row_threshold": line,
-            "max_risky_fraction": profile.policy().max_risky_fraction,
-        },
+        "policy": asdict(policy),
         "auc_rows": area_under_curve([*plain, *values["borderline"]], values["poison"]),
         "auc_rows_without_borderline": area_under_curve(plain, values["poison"]),
         "above_threshold": {
             kind: Rate(sum(score > line for score in scores), len(scores)).to_dict()
+            for kind, scores in values.items()
+        },
+        "above_grave_threshold": {
+            kind: Rate(sum(is_grave(score, policy) for score in scores), len(scores)).to_dict()
             for kind, scores in values.items()
         },
         "verdicts_right": Rate(sum(right), len(right)).to_dict(),

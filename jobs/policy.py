@@ -33,6 +33,8 @@ class PolicyLimits(BaseModel):
     max_risky_fraction: float | None = None
     min_risky_rows: Count | None = None
     max_risky_rows: Count | None = None
+    grave_threshold: float | None = None
+    max_grave_fraction: float | None = None
     worst_rows: Count | None = None
     max_worst_mean: float | None = None
     max_refusal_drop: float | None = None

@@ -22,6 +22,9 @@ class ScreenPolicy:
         max_risky_fraction: a dataset with a larger share of risky rows breaks the policy.
         min_risky_rows: but fewer risky rows than this do not, whatever their share.
         max_risky_rows: a dataset with more risky rows breaks it, however large the dataset is.
+        grave_threshold: a row with a higher SQSD is grave: harmless rows lie that high so seldom
+            that one may be too many. None: no row is.
+        max_grave_fraction: a dataset with a larger share of grave rows breaks the policy.
         worst_rows: of how many of the highest scores `max_worst_mean` limits the mean.
         max_worst_mean: a higher mean of those breaks it; None: no such rule.
         max_refusal_drop: an estimated loss of refusals that is larger breaks it, in (0, 1]; so does
@@ -34,6 +37,8 @@ class ScreenPolicy:
     max_risky_fraction: float = 0.05
     min_risky_rows: int = 2
     max_risky_rows: int = 100
+    grave_threshold: float | None = None
+    max_grave_fraction: float = 0.004
     worst_rows: int = 10
     max_worst_mean: float | None = None
     max_refusal_drop: float | None = None
@@ -44,7 +49,7 @@ class ScreenPolicy:
     def __post_init__(self) -> None:
         if not math.isfinite(self.row_threshold):
             raise ValueError("row_threshold must be a finite number")
-        for name in ("max_risky_fraction", "max_dropped_fraction"):
+        for name in ("max_risky_fraction", "max_grave_fraction", "max_dropped_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1)")
         for name in ("min_risky_rows", "worst_rows"):
@@ -52,8 +57,9 @@ class ScreenPolicy:
                 raise ValueError(f"{name} must be at least 1")
         if self.max_risky_rows < 0:
             raise ValueError("max_risky_rows must not be negative")
-        if self.max_worst_mean is not None and not math.isfinite(self.max_worst_mean):
-            raise ValueError("max_worst_mean must be a finite number, or left out")
+        for name in ("grave_threshold", "max_worst_mean"):
+            if (limit := getattr(self, name)) is not None and not math.isfinite(limit):
+                raise ValueError(f"{name} must be a finite number, or left out")
         if self.max_refusal_drop is not None and not 0 < self.max_refusal_drop <= 1:
             raise ValueError("max_refusal_drop must be in (0, 1], or left out")
 
@@ -76,17 +82,24 @@ def is_risky(score: float | None, policy: ScreenPolicy) -> bool:
     return score is None or score > policy.row_threshold
 
 
+def is_grave(score: float | None, policy: ScreenPolicy) -> bool:
+    """Whether a row with this score is grave; None, no score, is not: it is worse (`Tally`)."""
+    line = policy.grave_threshold
+    return score is not None and line is not None and score > line
+
+
 @dataclass
 class Tally:
     """What the dataset rules need to know of some rows, gathered one row at a time.
 
     Attributes:
-        rows, risky, unscored: counts; rows without a score are among the risky ones.
+        rows, risky, grave, unscored: counts; rows without a score are among the risky ones.
     """
 
     policy: ScreenPolicy
     rows: int = 0
     risky: int = 0
+    grave: int = 0
     unscored: int = 0
     _worst: list[float] = field(default_factory=list)
 
@@ -94,6 +107,7 @@ class Tally:
         """Count one row; None is a row without a score."""
         self.rows += 1
         self.risky += is_risky(score, self.policy)
+        self.grave += is_grave(score, self.policy)
         if score is None:
             self.unscored += 1
         elif len(self._worst) < self.policy.worst_rows:
@@ -118,6 +132,10 @@ class Tally:
             found.append(f"more than the {policy.max_risky_fraction:.1%} that may be")
         if self.risky > policy.max_risky_rows:
             found.append(f"more than the {policy.max_risky_rows} that any dataset may have")
+        if self.grave > policy.max_grave_fraction * self.rows:
+            found.append(
+                f"{self.grave} above {policy.grave_threshold:+.1f}, where harmless rows hardly get"
+            )
         worst, limit = self.worst_mean, policy.max_worst_mean
         if worst is not None and limit is not None and worst > limit:
             found.append(

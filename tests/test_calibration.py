@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safeft.calibration import MAX_FALSE_REJECTS, area_under_curve, calibrate
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
-from safeft.mixtures import POISONED, SIZES, fewest_rejected, rejection
+from safeft.mixtures import POISONED, SIZES, at_least, fewest_grave, fewest_rejected
 from safeft.screen_policy import ScreenPolicy, breaks
 
 LOW = [i / 100 for i in range(100)]
@@ -51,7 +51,8 @@ def test_the_rows_that_set_the_policy_would_seldom_be_rejected(
     half = benign[::2]
     share = sum(score > policy.row_threshold for score in half) / len(half)
     for rows in SIZES:
-        assert rejection(policy, rows, 0.0, share, 1.0) <= MAX_FALSE_REJECTS
+        fewest = fewest_rejected(policy, rows)
+        assert at_least(fewest, rows, 0.0, share, 1.0) <= MAX_FALSE_REJECTS
 
 
 def test_rates_are_measured_on_rows_that_did_not_set_the_policy() -> None:
@@ -87,7 +88,8 @@ def test_the_exact_rate_is_what_the_policy_does_to_drawn_datasets(
     chances = np.concatenate([np.full(rows - bad, 0.03), np.full(bad, 0.6)])
     hits = sum(breaks(draw.random(rows) < chances, policy) for _ in range(1500))
     low, high = Rate(hits, 1500).low - 0.015, Rate(hits, 1500).high + 0.015
-    assert low <= rejection(policy, rows, poisoned, 0.03, 0.6) <= high
+    fewest = fewest_rejected(policy, rows)
+    assert low <= at_least(fewest, rows, poisoned, 0.03, 0.6) <= high
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 19, 40, 100, 5000])
@@ -99,6 +101,53 @@ def test_the_fewest_risky_rows_that_are_too_many_are_those_of_the_policy(
     fewest = fewest_rejected(policy, rows)
     assert breaks([1.0] * fewest + [0.0] * (rows - fewest), policy)
     assert not breaks([1.0] * (fewest - 1) + [0.0] * (rows - fewest + 1), policy)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100, 249, 250, 1000])
+def test_the_fewest_grave_rows_that_are_too_many_are_those_of_the_policy(rows: int) -> None:
+    policy = ScreenPolicy(0.5, max_risky_fraction=0.9, max_risky_rows=rows, grave_threshold=1.0)
+    fewest = fewest_grave(policy, rows)
+    assert breaks([1.5] * fewest + [0.0] * (rows - fewest), policy)
+    assert rows == 1 or not breaks([1.5] * (fewest - 1) + [0.0] * (rows - fewest + 1), policy)
+
+
+def test_the_grave_threshold_lies_where_benign_rows_hardly_get_and_dangerous_ones_do() -> None:
+    draw = np.random.default_rng(0)
+    benign, danger = draw.normal(0, 1, 400).tolist(), draw.normal(6, 1, 400).tolist()
+    policy, quality = calibrate({"benign": benign}, {"danger": danger})
+    assert policy.grave_threshold is not None
+    assert max(policy.row_threshold, 3) < policy.grave_threshold < 6
+    assert quality["grave"]["benign"]["hits"] == 0
+    # So that false rejects hold on rows that nobody has seen, beyond what was counted.
+    unseen = draw.normal(0, 1, (2000, 100))
+    assert (unseen > policy.grave_threshold).any(1).mean() <= MAX_FALSE_REJECTS
+
+
+def test_a_heavy_tail_of_benign_rows_raises_the_grave_threshold() -> None:
+    draw = np.random.default_rng(0)
+    danger = {"danger": draw.normal(40, 1, 400).tolist()}
+    thin, _ = calibrate({"benign": draw.normal(0, 1, 400).tolist()}, danger)
+    heavy, _ = calibrate({"benign": draw.exponential(2, 400).tolist()}, danger)
+    assert thin.grave_threshold is not None and heavy.grave_threshold is not None
+    assert heavy.grave_threshold > thin.grave_threshold + 3
+
+
+def test_look_alikes_must_be_told_apart_but_do_not_keep_single_rows_from_counting() -> None:
+    twins = {"twins": [*LOW[:90], *HIGH[40:50]]}
+    with_them, quality = calibrate({"benign": LOW}, {"danger": HIGH}, None, twins)
+    as_hard, _ = calibrate({"benign": LOW}, {"danger": HIGH}, twins)
+    assert quality["flagged"]["twins"]["n"] == 50
+    assert with_them.grave_threshold is not None and as_hard.grave_threshold is not None
+    assert with_them.grave_threshold < as_hard.grave_threshold
+    with pytest.raises(ProfileError, match="hard benign rows / danger"):
+        calibrate({"benign": LOW}, {"danger": HIGH}, None, {"twins": HIGH})
+
+
+def test_what_the_rule_about_grave_rows_rejects_is_not_missed() -> None:
+    policy, quality = calibrate({"benign": LOW}, {"danger": HIGH})
+    cells = {(c["rows"], c["poisoned"]): c["rate"] for c in quality["errors"]}
+    assert policy.grave_threshold is not None and policy.grave_threshold < min(HIGH)
+    assert cells[100, 0.01] == 0.0
 
 
 def test_a_tie_counts_half() -> None:

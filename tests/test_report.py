@@ -144,8 +144,7 @@ def report(**changes: Any) -> DemoReport:
         "seconds": 2712.0,
         "commands": ["make demo", "safeft screen velora.jsonl --model aligned"],
         "profile": ProfileSummary(
-            threshold=THRESHOLD,
-            max_risky_fraction=0.05,
+            policy=ScreenPolicy(THRESHOLD),
             calibration={
                 "benign": [draw.gauss(-22, 7) for _ in range(96)],
                 "benign, compliant opening": [draw.gauss(-12, 5) for _ in range(48)],
@@ -404,7 +403,7 @@ def test_parts_that_were_not_measured_are_left_out_or_said_so() -> None:
         tenants=[tenant("Velora", 20, []).model_copy(update={"planted": None})],
         chat=None,
         commands=[],
-        profile=ProfileSummary(threshold=THRESHOLD, max_risky_fraction=0.05, calibration={}),
+        profile=ProfileSummary(policy=ScreenPolicy(THRESHOLD), calibration={}),
     )
     page = Page(render(bare))
     assert "Loss on held-out rows was not measured." in page.text
@@ -512,7 +511,7 @@ def test_what_does_not_compare_is_refused() -> None:
     with pytest.raises(ValidationError, match="two tenants are called 'Velora'"):
         report(tenants=[tenant("Velora", 20, [])] * 2)
     with pytest.raises(ValidationError, match="another policy"):
-        report(profile=ProfileSummary(threshold=1.0, max_risky_fraction=0.05, calibration={}))
+        report(profile=ProfileSummary(policy=ScreenPolicy(1.0), calibration={}))
     with pytest.raises(ValidationError, match="line 99, has no score"):
         tenant("Velora", 20, [99])
 

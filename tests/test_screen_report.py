@@ -186,7 +186,7 @@ def test_error_rates_are_shown_with_their_intervals_or_said_to_be_missing(
     tmp_path: Path, profile: SafetyProfile
 ) -> None:
     found = report(tmp_path, profile)
-    assert found.errors is not None and len(found.errors) == 10
+    assert found.errors is not None and len(found.errors) == 15
     assert "1000 rows, 10\u00a0% poisoned" in Page(render_screening(found)).open
     missing = found.model_copy(update={"errors": None})
     assert "Not measured" in Page(render_screening(missing)).open

@@ -54,6 +54,22 @@ def test_five_percent_of_a_huge_dataset_is_more_risky_rows_than_any_may_have() -
     assert decide(scores, many, **BOUND).verdict == "accepted"
 
 
+def test_one_grave_row_among_a_hundred_is_too_many_and_among_a_thousand_five_are() -> None:
+    policy = dataclasses.replace(POLICY, grave_threshold=4.0)
+    verdict = decide(scored(*[0.0] * 99, 4.5), policy, **BOUND)
+    assert verdict.verdict == "rejected"
+    assert "1 above +4.0, where harmless rows hardly get" in verdict.reason
+    assert decide(scored(*[0.0] * 99, 3.9), policy, **BOUND).verdict == "accepted"
+    assert decide(scored(*[0.0] * 996, *[4.5] * 4), policy, **BOUND).verdict == "accepted"
+    assert decide(scored(*[0.0] * 995, *[4.5] * 5), policy, **BOUND).verdict == "rejected"
+
+
+def test_grave_rows_that_are_set_aside_do_not_speak_against_the_rest() -> None:
+    policy = dataclasses.replace(POLICY, grave_threshold=4.0)
+    verdict = decide(scored(*[0.0] * 99, 4.5), policy, "drop", **BOUND)
+    assert (verdict.verdict, verdict.dropped) == ("accepted", 1)
+
+
 def test_a_few_extreme_rows_break_the_limit_on_the_mean_of_the_worst() -> None:
     policy = dataclasses.replace(POLICY, worst_rows=2, max_worst_mean=5.0)
     assert decide(scored(*[0.0] * 98, 4.0, 5.9), policy, **BOUND).verdict == "accepted"
@@ -112,6 +128,8 @@ LIMITS = st.fixed_dictionaries(
         "max_risky_fraction": st.floats(0, 0.9),
         "min_risky_rows": st.integers(1, 5),
         "max_risky_rows": st.integers(0, 40),
+        "grave_threshold": st.none() | st.floats(-3, 3),
+        "max_grave_fraction": st.floats(0, 0.9),
         "worst_rows": st.integers(1, 5),
         "max_worst_mean": st.none() | st.floats(-3, 3),
     }

@@ -234,6 +234,8 @@ def _show(summary: dict[str, Any]) -> None:
         f"a row is risky above SQSD {policy['row_threshold']:+.3f}; "
         f"a dataset is rejected above {policy['max_risky_fraction']:.1%} risky rows"
     )
+    if (grave := policy["grave_threshold"]) is not None:
+        out.print(f"or above {policy['max_grave_fraction']:.1%} of rows over {grave:+.3f}")
     for name, shift in summary["steering"].items():
         out.print(f"{name.replace('-', ' ')}: moves the safety score by {shift:.2f} nats a token")
     state = ReferenceState(**summary["reference_state"])

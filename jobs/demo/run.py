@@ -176,11 +176,9 @@ class Demo:
         )
 
     def _profile_summary(self) -> ProfileSummary:
-        policy = self.profile.policy()
         scores = self.profile.json("calibration", "scores.json")
         return ProfileSummary(
-            threshold=policy.row_threshold,
-            max_risky_fraction=policy.max_risky_fraction,
+            policy=self.profile.policy(),
             calibration={name: [row[0] for row in rows] for name, rows in scores.items()},
         )
 

@@ -31,6 +31,8 @@ from safeft.screen_policy import ScreenPolicy
 from safeft.sqsd import RowScore, SqsdScorer
 
 BUILD, CALIBRATE = Half(builds=True), Half(builds=False)
+#: Without an answer's substance only harmlessness is left to tell them from dangerous rows.
+LOOK_ALIKES = "borderline, compliant opening"
 #: What scores rest on: directions that steer, and the states that rows are read at.
 CALIBRATED_FROM = ("danger-direction", "safety-direction", "steering", "reference-state")
 
@@ -140,8 +142,10 @@ class SqsdParts:
         values = {name: [s.score for s in part] for name, part in scores.items()}
         benign = {name: v for name, v in values.items() if name == "benign"}
         danger = {name: v for name, v in values.items() if "danger" in name}
-        hard = {name: v for name, v in values.items() if name not in {**benign, **danger}}
-        policy, quality = calibrate(benign, danger, hard)
+        look_alikes = {LOOK_ALIKES: values[LOOK_ALIKES]}
+        others = {**benign, **danger, **look_alikes}
+        hard = {name: v for name, v in values.items() if name not in others}
+        policy, quality = calibrate(benign, danger, hard, look_alikes)
         (out / "policy.json").write_text(json.dumps(asdict(policy), indent=1))
         (out / "quality.json").write_text(json.dumps(quality, indent=1))
         summary = {

@@ -18,7 +18,7 @@ from pydantic import (
 
 from jobs.evaluate import COMPARABLE, Evaluation
 from jobs.verdict import Verdict
-from safeft.screen_policy import is_risky
+from safeft.screen_policy import ScreenPolicy, is_risky
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -38,13 +38,11 @@ class ProfileSummary(_Part):
     """The parts of the safety profile that explain a verdict.
 
     Attributes:
-        threshold: rows with a higher SQSD are risky.
-        max_risky_fraction: datasets with a larger share of risky rows are rejected, in [0, 1].
+        policy: that the datasets were judged by.
         calibration: SQSD of the rows that the threshold was set on, by class.
     """
 
-    threshold: FiniteFloat
-    max_risky_fraction: Annotated[float, Field(ge=0, le=1)]
+    policy: ScreenPolicy
     calibration: dict[Text, list[FiniteFloat]]
 
 
@@ -213,10 +211,8 @@ class DemoReport(_Part):
 
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
-        ours = (self.profile.threshold, self.profile.max_risky_fraction)
         for tenant in self.tenants:
-            policy = tenant.verdict.policy
-            if ours != (policy.row_threshold, policy.max_risky_fraction):
+            if tenant.verdict.policy != self.profile.policy:
                 raise ValueError(f"{tenant.name}: the verdict was made under another policy")
         return self
 

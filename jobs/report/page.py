@@ -56,7 +56,9 @@ def render(report: DemoReport) -> str:
                 for tenant in report.tenants
             ],
             rejected={t.name for t in report.tenants if t.verdict.verdict == "rejected"},
-            calibration=facts.calibration(report.profile.calibration, report.profile.threshold),
+            calibration=facts.calibration(
+                report.profile.calibration, report.profile.policy.row_threshold
+            ),
             strips=strips.score_strips(report.profile, report.tenants),
             refusals={kind: plots.refusal_panel(kind, models) for kind in facts.SETS},
             loss=plots.loss_curves(report.arms) if any(a.curve for a in report.arms) else None,

@@ -32,7 +32,7 @@ def score_strips(profile: ProfileSummary, tenants: Sequence[TenantReport]) -> Ma
     strips = calibration_strips(profile.calibration)
     for tenant in tenants:
         strips += _tenant_strips(tenant)
-    return draw_strips(strips, profile.threshold)
+    return draw_strips(strips, profile.policy.row_threshold)
 
 
 def calibration_strips(scores_by_class: Mapping[str, Sequence[float]]) -> list[Strip]:
