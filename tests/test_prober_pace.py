@@ -198,7 +198,8 @@ def test_the_oldest_proof_is_renewed_first_and_each_round_is_ended_before_the_ne
     tmp_path: Path,
 ) -> None:
     lab = Lab(tmp_path, "a", "b")
-    lab.run(lab.all_healthy(), at_once=1)
+    # The first by name gets the youngest proof.
+    lab.run(lab.all_healthy(), lab.keeper.probe_now("a"), lab.proved_anew("a"), at_once=1)
     oldest = sorted(lab.gate.records(), key=lambda record: record.cleared_at or 0.0)
     lab.loop._now += 600
     asked = lab.run(asyncio.sleep(2500))
