@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ from typer.testing import CliRunner, Result
 
 from cluster.cli.demo_serving import ask, watch
 from cluster.cli.main import app
+from cluster.cli.up import up
+from cluster.gate.policy import MAX_AGE_S
 from cluster.serving.client import Admin
+from cluster.serving.prober import ProberConfig
 from safeft.errors import InputError, SafeftError
 from safeft.models import load_tokenizer
 from safeft.progress import silent
@@ -115,6 +119,14 @@ def test_up_refuses_what_it_cannot_do(tiny_dir: Path, tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["up", *args])
         assert done.exit_code != 0
         assert words in str(done.exception), done.exception
+
+
+def test_ups_age_limit_and_cadence_are_the_gates_own() -> None:
+    defaults = {name: one.default for name, one in inspect.signature(up).parameters.items()}
+    assert (defaults["max_age"], defaults["probe_every"]) == (
+        MAX_AGE_S,
+        ProberConfig("", "").every_s,
+    )
 
 
 def test_the_demo_watches_the_gate_to_its_decisions_and_shows_what_tenants_get(

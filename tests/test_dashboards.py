@@ -15,8 +15,9 @@ import yaml
 from cluster.dashboards import dashboards
 from cluster.dashboards.board import BOARDS, DATA_SOURCE
 from cluster.dashboards.panels import thresholds
-from cluster.dashboards.promql import STATES
-from cluster.gate.policy import Policy
+from cluster.dashboards.promql import AGES, STATES
+from cluster.gate.policy import MAX_AGE_S
+from cluster.gate.record import OLD
 from cluster.gate.states import State
 from cluster.metrics import METRICS
 from tests.grafana import filled, panels
@@ -236,7 +237,7 @@ def test_the_gates_states_and_its_age_limit_are_the_gates_own() -> None:
         if "good round" in panel["title"]
         for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
     }
-    assert max(age for age in ages if age is not None) == Policy().max_age_s
+    assert ages == {None, OLD * MAX_AGE_S, MAX_AGE_S} == {None, *(age for age, _ in AGES)}
 
 
 def test_the_source_that_is_provisioned_is_the_one_that_boards_begin_with() -> None:

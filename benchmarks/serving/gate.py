@@ -19,8 +19,12 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import dataclass, replace
 
 from cluster.gate.policy import Policy, Round
+from cluster.gate.record import OLD, Record
+from cluster.gate.states import State
+from cluster.serving.prober import ProberConfig
 from safeft.evaluate import AnswerClass
 
 HEALTHY, DROPPED, BENIGN = 0.95, 0.70, 0.05
@@ -61,6 +65,47 @@ def planted_drops(policy: Policy, *, rounds: int, seed: int, warm_up: int = 0) -
         if asked > before:  # otherwise a healthy round ended in quarantine: no drop was planted
             counts.append(asked - before)
     return counts
+
+
+def probes_of_a_round(policy: Policy, *, rounds: int, seed: int) -> tuple[float, float]:
+    """Of a healthy model with a fresh proof: the mean number of probes, and of those that the
+    prober pauses after, because the next one is not urgent."""
+    draw = random.Random(seed)
+    asked = paced = 0
+    record = Record("", "", 1, "unavailable", policy, State.healthy, 0.0, "", cleared_at=0.0)
+    for _ in range(rounds):
+        done, over = Round(), False
+        while not over:
+            done = _ask(done, policy, HEALTHY, draw)
+            over = done.outcome(policy) is not None
+            asked += 1
+            # The gate empties a round that is over.
+            paced += not replace(record, round=Round() if over else done).urgent(0.0)
+    return asked / rounds, paced / rounds
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What the prober does with healthy models that never rest.
+
+    Attributes:
+        duty: share of the time that a probe is under way; two at a time count twice.
+        pass_s: that proving all models anew takes at the prober's pace.
+    """
+
+    duty: float
+    pass_s: float
+
+
+def probing(models: int, probe_s: float, config: ProberConfig, policy: Policy) -> Probing:
+    """The steady state of `models` healthy models where a probe takes `probe_s` seconds."""
+    asked, paced = probes_of_a_round(policy, rounds=2_000, seed=0)
+    busy_s = models * asked * probe_s
+    pass_s = busy_s + models * paced * config.pause_after(probe_s)
+    # Every model is proved once in a pass; no sooner than it is due, and no later than its proof
+    # is old: from then on nothing is paced.
+    period_s = max(config.every_s, min(pass_s, OLD * policy.max_age_s))
+    return Probing(min(config.at_once, busy_s / period_s), pass_s)
 
 
 def measure(*, rounds: int = 10_000, seed: int = 0) -> dict[str, float]:

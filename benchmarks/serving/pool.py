@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import ray
 
+from benchmarks.serving import gate
 from benchmarks.serving.engine import ADAPTERS, Load, StaticBatches, free_port, write_adapters
 from cluster.gate.policy import Policy
 from cluster.gate.states import State
@@ -162,22 +163,19 @@ def _cost_of_probes(
 ) -> dict[str, float]:
     """Throughput with the default cadence of probes over throughput without any.
 
-    Measured is the load with one probe always under way; in the steady state one is under way for
-    `duty` of the time: rounds of every model, one period after the other. The gate's own part of a
-    request, a look-up, is in both.
+    Measured is the load with one probe always under way, as the prober has it of healthy models;
+    in the steady state one is under way for `duty` of the time. The gate's own part of a request,
+    a look-up, is in both.
     """
-    policy = Policy()
-    round_n = policy.refusals.characteristic(policy.refusals.healthy).mean_n
-    round_n += policy.over_refusals.characteristic(policy.over_refusals.healthy).mean_n
     while_probing = _median([p / q for (p, _), q in zip(probed, plain, strict=True)])
     probe_s = _median([seconds for _, seconds in probed])
-    every_s = ProberConfig("", "").every_s
-    duty = min(1.0, models * round_n * probe_s / every_s)
+    steady = gate.probing(models, probe_s, ProberConfig("", ""), Policy())
     return {
-        "gate_over_none": 1 - duty * (1 - while_probing),
+        "gate_over_none": 1 - steady.duty * (1 - while_probing),
         "throughput_while_probing": while_probing,
         "seconds_per_probe": probe_s,
-        "probing_duty": duty,
+        "probing_duty": steady.duty,
+        "hours_to_prove_all": steady.pass_s / 3600,
     }
 
 

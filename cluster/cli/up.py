@@ -60,11 +60,21 @@ def up(
         int | None, typer.Option(min=1, help="Grow up to so many under load.")
     ] = None,
     probe_every: Annotated[
-        float, typer.Option(min=1, help="Seconds between two rounds of probes of a healthy model.")
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds between two rounds of probes of a healthy model; longer where probes "
+            "would take too much of a slow machine.",
+        ),
     ] = 600.0,
     max_age: Annotated[
-        float, typer.Option(min=1, help="Seconds after which a good round is worth nothing.")
-    ] = 3600.0,
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds after which a good round is worth nothing; after three quarters of them "
+            "probes are no longer paced.",
+        ),
+    ] = 10_800.0,
     state: Annotated[
         Path | None, typer.Option(help="Directory of the gate's state; default: in the cache.")
     ] = None,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from cluster.dashboards.board import ALL_MODELS, Section, board, gate_marks, to_board
 from cluster.dashboards.grafana import Dashboard, DataLink
-from cluster.dashboards.panels import Query, Steps, bars, lines, stat, states
-from cluster.dashboards.promql import STATES, grown, quantile, state_of
+from cluster.dashboards.panels import Query, bars, lines, stat, states
+from cluster.dashboards.promql import AGES, STATES, grown, quantile, state_of
 from cluster.dashboards.tables import Column, table
 
-#: The gate's default: a good round that is older is worth nothing (`safeft up --max-age`).
-MAX_AGE_S = 3600
-_AGES: Steps = [(MAX_AGE_S / 2, "orange"), (MAX_AGE_S, "red")]
 _MODELS = 'model=~"$model"'
 _ONE = to_board("safeft-fleet", "Only this model", "var-model=${__field.labels.model}")
 
@@ -73,9 +70,9 @@ def _now() -> Section:
             stat(
                 "Oldest good round",
                 "max(safeft_gate_verdict_age_seconds)",
-                "After an hour (`--max-age`) the model is unknown and stops answering.",
+                "After three hours (`--max-age`) the model is unknown and stops answering.",
                 unit="s",
-                steps=_AGES,
+                steps=AGES,
             ),
         ],
     )
@@ -205,7 +202,7 @@ def _columns() -> list[Column]:
             "Last good round",
             f"max by (model) (safeft_gate_verdict_age_seconds{{{_MODELS}}})",
             "s",
-            _AGES,
+            AGES,
         ),
     ]
 
@@ -236,10 +233,11 @@ def _probes() -> Section:
                         "{{model}}",
                     )
                 ],
-                "At the red line a model becomes unknown and stops answering (`--max-age`).",
+                "From the orange line on probes are not paced; at the red one a model becomes "
+                "unknown and stops answering (`--max-age`).",
                 width=8,
                 unit="s",
-                steps=_AGES,
+                steps=AGES,
                 links=[_ONE],
             ),
             lines(

@@ -13,6 +13,9 @@ STATES: tuple[tuple[str, Colour], ...] = (
     ("quarantined", "red"),
     ("restoring", "purple"),
 )
+#: Of a model's last good round, in seconds: from when on probes of it are no longer paced, and from
+#: when on it is worth nothing, by the gate's default (`safeft up --max-age`).
+AGES: tuple[tuple[float, Colour], ...] = ((8100, "orange"), (10_800, "red"))
 
 
 def state_of(models: str) -> str:

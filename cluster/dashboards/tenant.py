@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.dashboards.board import Section, board, choice, gate_marks, to_board, to_docs
 from cluster.dashboards.grafana import Dashboard
 from cluster.dashboards.panels import Query, bars, lines, stat, states
-from cluster.dashboards.promql import STATES, grown, once, share, state_of
+from cluster.dashboards.promql import AGES, STATES, grown, once, share, state_of
 
 _TENANT = 'tenant="$tenant"'
 #: Models are named ft:BASE:TENANT:SUFFIX:JOB when a job publishes them; TENANT/NAME is what
@@ -113,10 +113,10 @@ def _models() -> Section:
                         "{{model}}",
                     )
                 ],
-                "After an hour (`safeft up --max-age`) a model is unknown and stops answering.",
+                "After three hours (`safeft up --max-age`) a model is unknown and stops answering.",
                 width=8,
                 unit="s",
-                steps=[(1800, "orange"), (3600, "red")],
+                steps=AGES,
                 links=[_ONE],
             ),
         ],

@@ -12,6 +12,8 @@ from safeft.evaluate import Rate
 OnQuarantine = Literal["unavailable", "previous"]
 #: How many of the last answers the published rates are over.
 WINDOW = 200
+#: Share of `Policy.max_age_s` after which a new good round must not wait any longer.
+OLD = 0.75
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,38 @@ class Record:
             return now >= (self.cleared_at or 0.0) + every_s
         return self.probed
 
+    def old(self, now: float) -> bool:
+        """Whether the last good round will soon be worth nothing."""
+        return now >= (self.cleared_at or 0.0) + OLD * self.policy.max_age_s
+
+    def urgent(self, now: float) -> bool:
+        """Whether its next probe must not wait.
+
+        Tenants wait for the verdict (any state but healthy), the round under way points to a
+        fault, or the last good one gets old.
+        """
+        return (
+            self.state is not State.healthy
+            or self.round.points_to_fault(self.policy)
+            or self.old(now)
+        )
+
     def rate(self, probe: Probe) -> Rate | None:
         """Refused of the last answers to that kind of probe; None without any."""
         recent = self.recent[probe]
         return Rate(recent.count("1"), len(recent)) if recent else None
+
+
+@dataclass(frozen=True)
+class Due:
+    """Weights to probe now.
+
+    Attributes:
+        by_hand: somebody asked for this round.
+    """
+
+    record: Record
+    by_hand: bool
 
 
 @dataclass(frozen=True)

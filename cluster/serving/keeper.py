@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cluster.gate.admission import Admission
 from cluster.gate.gate import Gate
-from cluster.gate.policy import Policy, Probe
-from cluster.gate.record import Event, OnQuarantine, Record
+from cluster.gate.policy import Policy, Probe, Round
+from cluster.gate.record import Due, Event, OnQuarantine, Record
 from cluster.gate.states import State
 from cluster.gate.store import SqlGateStore, sqlite_engine
 from cluster.metrics import Recorder
@@ -65,7 +65,8 @@ class Keeper:
         #: Generations of another start of this actor mean nothing.
         self._epoch = secrets.token_hex(8)
         self._changed = asyncio.Event()
-        self._by_hand: set[str] = set()
+        #: Model and weights whose next round, or the one under way, was asked for.
+        self._by_hand: set[tuple[str, str]] = set()
         for record in self.gate.records():  # from an earlier start, perhaps with another policy
             self.gate.register(record.model, record.weights, policy, record.on_quarantine)
         self.gate.register(base.name, base.weights, policy)
@@ -159,12 +160,11 @@ class Keeper:
         """The latest events, oldest first."""
         return self.gate.events(model, limit)
 
-    async def due(self, every_s: float) -> list[Record]:
-        """The weights to probe now; what was asked for by hand comes first."""
+    async def due(self, every_s: float) -> list[Due]:
+        """The weights to probe now."""
         now = self.gate.now()
-        records = self.gate.records()
-        by_hand = [r for r in records if r.model in self._by_hand and r.probed]
-        return by_hand + [r for r in records if r not in by_hand and r.due(now, every_s)]
+        found = [Due(r, (r.model, r.weights) in self._by_hand) for r in self.gate.records()]
+        return [d for d in found if d.record.due(now, every_s) or (d.by_hand and d.record.probed)]
 
     async def probe_now(self, model: str) -> None:
         """Probe a model without waiting until it is due.
@@ -177,7 +177,7 @@ class Keeper:
             raise InputError(f"{model}: there is no such model; `safeft models list` shows them")
         if not versions[-1].probed:
             raise InputError(f"{model}: is {versions[-1].state}; release it or publish new weights")
-        self._by_hand.add(model)
+        self._by_hand |= {(model, record.weights) for record in versions if record.probed}
 
     async def answered(
         self, model: str, weights: str, probe: Probe, answer: AnswerClass, seconds: float
@@ -185,8 +185,10 @@ class Keeper:
         """One probe's answer, or that there was none (`AnswerClass.error`)."""
         self._recorder.inc("safeft_probes_total", probe=probe, answer=answer.value)
         self._recorder.observe("safeft_probe_seconds", seconds)
-        self._by_hand.discard(model)  # its round has begun
-        return self._told(self.gate.answered(model, weights, probe, answer))
+        after = self.gate.answered(model, weights, probe, answer)
+        if after.round == Round():  # it is over, or its first probe had no answer
+            self._by_hand.discard((model, weights))
+        return self._told(after)
 
     async def decide(self, action: str, model: str, actor: str, reason: str) -> Record | None:
         """What a person, or the controller, decided.

@@ -46,7 +46,7 @@ class PoolConfig:
         metrics_port: of the page for Prometheus; 0: any free one.
         min_replicas, max_replicas: replicas come and go between them with the load.
         cpus: that each replica takes.
-        probe_every_s: between two rounds of a healthy model.
+        probe_every_s: between two rounds of a healthy model, where the prober's pace allows it.
         timeout_s: for a whole answer.
     """
 

@@ -3,6 +3,10 @@
 A probe is a chat completion like any other; only the gateway can tell (it must, to let a question
 through to weights that are out of rotation). The prompts are drawn anew for every round. An answer
 is judged and told to the keeper; no answer is told as such and counts for nothing.
+
+Rounds that somebody waits for (`Record.urgent`, or asked for by hand) are asked at full speed.
+Healthy models are proved anew one at a time, with pauses that keep it to a share of the time: on a
+slow machine every probe is taken from tenants.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from typing import Protocol
 import httpx
 
 from cluster.gate.policy import Probe
-from cluster.gate.record import Record
+from cluster.gate.record import Due, Record
+from cluster.gate.states import State
 from cluster.serving.front import PROBE_SECRET
 from cluster.serving.gateway import PROBE_WEIGHTS
 from safeft.evaluate import AnswerClass, classify_answer
@@ -29,7 +34,9 @@ log = logging.getLogger(__name__)
 MAX_TOKENS = 32
 #: After a probe without an answer, before the next one to the same weights.
 _PAUSE_S = 2.0
+#: Also the longest pause before it is seen again whether the next probe has become urgent.
 _LOOK_EVERY_S = 0.5
+_Key = tuple[str, str]  # model and weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,13 @@ class ProberConfig:
         secret: that the gateways know.
         every_s: between the end of a good round and the next one.
         timeout_s: for one answer.
-        at_once: models that are probed at a time.
+        at_once: urgent rounds that are asked at a time.
+        share: of the time, in (0, 1]: for how much of it a probe of a healthy model may be under
+            way. After one that took t seconds there is a pause of t * (1 / share - 1). Urgent
+            probes of healthy models have none and come on top, so that a fault is not found later.
+
+    Raises:
+        ValueError: `share` is outside its range.
     """
 
     url: str
@@ -49,12 +62,21 @@ class ProberConfig:
     every_s: float = 600.0
     timeout_s: float = 30.0
     at_once: int = 2
+    share: float = 0.35
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share must be above 0 and at most 1, not {self.share:g}")
+
+    def pause_after(self, seconds: float) -> float:
+        """The pause, in seconds, after a probe of a healthy model that took `seconds`."""
+        return seconds * (1 / self.share - 1)
 
 
 class Bench(Protocol):
     """The keeper, as far as the prober needs it."""
 
-    async def due(self, every_s: float) -> list[Record]:
+    async def due(self, every_s: float) -> list[Due]:
         """See Keeper.due."""
 
     async def answered(
@@ -87,7 +109,13 @@ class Questions:
 
 
 class Prober:
-    """Looks for weights that are due, and asks them until their round is over."""
+    """Looks for weights that are due, and asks them until their round is over.
+
+    Args:
+        sleep: waits for so many seconds.
+        clock: seconds since 1970, as the gate's.
+        stopwatch: seconds that only grow.
+    """
 
     def __init__(
         self,
@@ -96,10 +124,17 @@ class Prober:
         questions: Questions,
         client: httpx.AsyncClient,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._keeper, self._questions = config, keeper, questions
         self._client, self._sleep = client, sleep
-        self._asking: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._clock, self._stopwatch = clock, stopwatch
+        self._asking: dict[_Key, asyncio.Task[None]] = {}
+        #: The one of them that pauses between its probes; it takes no place of an urgent one's.
+        self._paced: _Key | None = None
+        self._by_hand: set[_Key] = set()
+        self._began, self._told_at = clock(), 0.0
 
     async def run(self) -> None:
         """For ever."""
@@ -112,19 +147,32 @@ class Prober:
 
     async def look(self) -> None:
         """Begin rounds of weights that are due, as many as may be asked at a time."""
-        for key in [key for key, task in self._asking.items() if task.done()]:
-            del self._asking[key]
-        for record in await self._keeper.due(self._config.every_s):
-            key = record.model, record.weights
-            if key not in self._asking and len(self._asking) < self._config.at_once:
-                self._asking[key] = asyncio.create_task(self.round(record))
+        self._asking = {key: task for key, task in self._asking.items() if not task.done()}
+        if self._paced not in self._asking:
+            self._paced = None
+        due = await self._keeper.due(self._config.every_s)
+        self._by_hand = {_key(one.record) for one in due if one.by_hand}
+        self._tell_if_behind([one.record for one in due])
+        for record in sorted((one.record for one in due), key=self._turn):
+            key = _key(record)
+            if key in self._asking:
+                continue
+            if self._urgent(record):
+                if len(self._asking) - (self._paced is not None) >= self._config.at_once:
+                    continue
+            elif self._paced is None:
+                self._paced = key
+            else:
+                continue
+            self._asking[key] = asyncio.create_task(self.round(record))
 
     async def round(self, record: Record) -> None:
-        """Ask until the round is over, or a probe has no answer."""
+        """Ask until the round is over, a probe has no answer, or the rest of it is not urgent."""
+        key = _key(record)
         while (probe := record.round.next_probe(record.policy)) is not None:
-            began = time.monotonic()
+            began = self._stopwatch()
             answer = await self._ask(record, probe)
-            took = time.monotonic() - began
+            took = self._stopwatch() - began
             try:
                 after = await self._keeper.answered(
                     record.model, record.weights, probe, answer, took
@@ -134,10 +182,53 @@ class Prober:
                 return
             if answer is AnswerClass.error:
                 await self._sleep(_PAUSE_S)
+            if key == self._paced:
+                await self._rest(after, took)
+            elif not self._urgent(after):
+                return  # over, or one of those that wait for their turn
+            if answer is AnswerClass.error or not after.probed:
                 return
-            if not after.probed or after.round.asked + after.round.over_asked == 0:
+            if after.round.asked + after.round.over_asked == 0:
                 return
             record = after
+
+    async def _rest(self, record: Record, took: float) -> None:
+        """Pause after a probe that took so long; no longer than until the next one is urgent."""
+        left = self._config.pause_after(took)
+        while left > 0 and not self._urgent(record):
+            await self._sleep(min(left, _LOOK_EVERY_S))
+            left -= _LOOK_EVERY_S
+
+    def _urgent(self, record: Record) -> bool:
+        return _key(record) in self._by_hand or record.urgent(self._clock())
+
+    def _turn(self, record: Record) -> tuple[bool, bool, float]:
+        """Asked for by hand, then who answers nobody, then the oldest proof.
+
+        Every failure in a row makes a proof count as younger: a model that cannot be asked must not
+        keep the others from their turn.
+        """
+        proved = (record.cleared_at or 0.0) + record.failures * self._config.every_s
+        return _key(record) not in self._by_hand, record.state is State.healthy, proved
+
+    def _tell_if_behind(self, records: list[Record]) -> None:
+        """Say that the share of the time is too small for all models, once in an age limit."""
+        now = self._clock()
+        for record in records:
+            limit = record.policy.max_age_s
+            # Not for a model that does not answer, nor for what nobody probed before this began.
+            mine = record.failures == 0 and (record.cleared_at or 0.0) >= self._began
+            late = record.state is State.healthy and record.old(now) and mine
+            if late and now >= self._told_at + limit:
+                self._told_at = now
+                log.warning(
+                    "probes cannot keep up: the last good round of %s is %.0f min old, so it is "
+                    "probed without pauses, at the cost of tenants. Serve fewer models, add "
+                    "replicas, or raise --max-age (now %.0f s)",
+                    record.model,
+                    (now - (record.cleared_at or 0.0)) / 60,
+                    limit,
+                )
 
     async def _ask(self, record: Record, probe: Probe) -> AnswerClass:
         question = self._questions.next(record.weights, probe)
@@ -158,3 +249,7 @@ class Prober:
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             log.warning("a probe of %s had no answer: %r", record.model, error)
             return AnswerClass.error
+
+
+def _key(record: Record) -> _Key:
+    return record.model, record.weights
