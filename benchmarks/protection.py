@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.console import progress_bars
-from jobs.evaluate import Evaluation, evaluate
+from jobs.evaluate import evaluate
+from jobs.evaluation import Evaluation
 from jobs.finetune import finetune
 from jobs.finetune.parts import needed_parts
 from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, TrainingSpec

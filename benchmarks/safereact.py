@@ -23,7 +23,8 @@ from rich.table import Table
 
 from cluster.cli.console import progress_bars
 from jobs.demo.datasets import HELD_OUT_ROWS, REQUESTS, poison
-from jobs.evaluate import Evaluation, evaluate
+from jobs.evaluate import evaluate
+from jobs.evaluation import Evaluation
 from jobs.finetune import finetune
 from jobs.profile import ProfileConfig, build_profile
 from jobs.restore import restore

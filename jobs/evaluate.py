@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from jobs.evaluation import Evaluation
 from safeft import __version__
 from safeft.cache import write_whole
 from safeft.data import Row, encode_prompt, tokenise_all
@@ -20,7 +21,6 @@ from safeft.errors import MeasurementError
 from safeft.evaluate import (
     JUDGE,
     JUDGE_VERSION,
-    Rate,
     measure_refusals,
     teacher_forced,
 )
@@ -30,28 +30,6 @@ from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
 
 #: A refusal that turns into instructions after this many tokens is missed (docs/evaluation.md).
 MAX_NEW_TOKENS = 32
-#: Two evaluations compare only where these agree.
-COMPARABLE = ("base_weights", "tokenizer", "split", "prompts", "judge", "max_new_tokens")
-
-
-class Evaluation(BaseModel):
-    """What was measured on one (base, adapter or tuned model) pair, and what it is bound to."""
-
-    model_config = ConfigDict(extra="forbid")
-    bound: dict[str, Any]
-    refusals: dict[str, Any]
-    task: dict[str, Any] | None
-    seconds: float
-
-    def refusal(self, kind: str) -> Rate:
-        """Refused of all answers on one prompt set; on benign sets this is over-refusal."""
-        rate = self.refusals["sets"][kind]["refusal"]
-        return Rate(rate["hits"], rate["n"])
-
-    @property
-    def task_loss(self) -> float | None:
-        """Mean loss per answer token on the held-out rows, where there were any."""
-        return self.task["loss"] if self.task else None
 
 
 def evaluate(

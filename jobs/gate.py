@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jobs.evaluate import COMPARABLE, Evaluation
+from jobs.evaluation import COMPARABLE, Evaluation
 from safeft.errors import ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
 from safeft.profile import REBUILD, SafetyProfile

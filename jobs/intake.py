@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.gate import baseline
 from jobs.policy import OnRisk, PolicyFile, PolicyLimits, Rules, screening_rules
 from jobs.review import Decision, read_decision

@@ -14,7 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from jobs.evaluate import Evaluation, evaluate
+from jobs.evaluate import evaluate
+from jobs.evaluation import Evaluation
 from jobs.finetune import FinetuneResult, Manifest, finetune
 from jobs.finetune.parts import needed_parts
 from jobs.finetune.telemetry import OnStep, unheard

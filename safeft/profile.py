@@ -12,15 +12,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safeft.adapters import LoraFactors, load_factors
 from safeft.cache import cache_root, sha256_file
 from safeft.drift import HOW, DriftFit
 from safeft.errors import ProfileError
 from safeft.reference_state import ReferenceState
 from safeft.screen_policy import ScreenPolicy
-from safeft.sqsd import Projection
+
+if TYPE_CHECKING:  # reading a policy needs neither them nor what they import
+    from safeft.adapters import LoraFactors
+    from safeft.sqsd import Projection
 
 #: Raised with every change of what a part holds or means.
 FORMAT = 2
@@ -136,11 +138,11 @@ class SafetyProfile:
 
     def safety_state(self, scale: float) -> LoraFactors:
         """The safety adapter, its LoRA scale multiplied by ``scale``."""
-        return load_factors(self.path("safety-direction")).scaled(scale)
+        return self._factors("safety-direction").scaled(scale)
 
     def benign_state(self, steps: int) -> LoraFactors:
         """A checkpoint of the benign trajectory."""
-        return load_factors(self.path("benign-trajectory") / checkpoint(steps))
+        return self._factors("benign-trajectory", checkpoint(steps))
 
     def danger(self) -> Projection:
         """SQSD's danger projection, at the state that was chosen.
@@ -148,13 +150,15 @@ class SafetyProfile:
         Raises:
             ProfileError: a part is missing, foreign or changed.
         """
+        from safeft.sqsd import Projection
+
         chosen = ReferenceState(**self._choice()["chosen"])
         state = (
             self.safety_state(chosen.at)
             if chosen.trajectory == "safety"
             else self.benign_state(int(chosen.at))
         )
-        return Projection(state, load_factors(self.path("danger-direction")))
+        return Projection(state, self._factors("danger-direction"))
 
     def safety(self) -> Projection:
         """SQSD's safety projection, at the danger projection's state where that is a safety state.
@@ -162,8 +166,15 @@ class SafetyProfile:
         Raises:
             ProfileError: a part is missing, foreign or changed.
         """
+        from safeft.sqsd import Projection
+
         state = self.safety_state(self._choice()["safety_scale"])
-        return Projection(state, load_factors(self.path("safety-direction")))
+        return Projection(state, self._factors("safety-direction"))
+
+    def _factors(self, part: str, *below: str) -> LoraFactors:
+        from safeft.adapters import load_factors
+
+        return load_factors(self.path(part).joinpath(*below))
 
     def _choice(self) -> Any:
         return self.json("reference-state", "choice.json")

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from safeft.adapters import LoraFactors
 from safeft.errors import ProfileError
+
+if TYPE_CHECKING:
+    from safeft.adapters import LoraFactors
 
 Trajectory = Literal["benign", "safety"]
 #: A benign-tuned checkpoint is direction-sensitive from this share of the largest drift on.

@@ -83,6 +83,17 @@ print([m for m in ("torch", "transformers", "peft", "deepspeed") if m in sys.mod
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_the_api_imports_neither_transformers_nor_peft() -> None:
+    """It knows the constraints' settings, which torch comes with, but never touches a model."""
+    program = """
+import sys
+import cluster.api
+print([m for m in ("transformers", "peft", "deepspeed", "ray") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_no_file_outgrows_its_room() -> None:
     for floor in FLOORS:
         for path in modules(floor):

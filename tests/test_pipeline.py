@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.gate import safety_gate
 from jobs.training_rows import safety_rows
 from safeft.errors import ProfileError

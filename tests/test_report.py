@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import ValidationError
 
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.report import (
     ArmReport,
     ChatExample,

@@ -15,7 +15,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from cluster.cli.main import app
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.intake import read_dataset
 from jobs.profile import ProfileConfig, RefusalsConfig, build_profile
 from jobs.restore import Restoration, restore

@@ -17,7 +17,8 @@ from benchmarks.evidence.arms import ARMS, CORE, FINALISTS, GSM8K_ONLY
 from benchmarks.evidence.cells import Cell, Setting
 from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
 from benchmarks.evidence.tenants import Style, tenant_rows
-from jobs.evaluate import Evaluation, evaluate
+from jobs.evaluate import evaluate
+from jobs.evaluation import Evaluation
 from jobs.finetune import FinetuneResult, finetune
 from jobs.finetune.parts import needed_parts
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec

@@ -12,7 +12,7 @@ from rich.table import Table
 from cluster.cli.console import out, print_json, progress_bars
 
 if TYPE_CHECKING:
-    from jobs.evaluate import Evaluation
+    from jobs.evaluation import Evaluation
     from jobs.pipeline import JobResult
     from jobs.restore import RestoreResult
 

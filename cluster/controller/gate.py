@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.tenancy.tenants import Policy
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 
 
 def policy_gate(after: Evaluation, policy: Policy) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.controller.gate import policy_gate
 from cluster.controller.runner import Report
 from cluster.controller.workspace import Workspace
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.gate import Gate
 from jobs.pipeline import JobResult, run_job
 from jobs.restore import RestoreResult, restore_job, train_restoration

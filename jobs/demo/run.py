@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.demo.datasets import DemoData, demo_data
-from jobs.evaluate import Evaluation, evaluate
+from jobs.evaluate import evaluate
+from jobs.evaluation import Evaluation
 from jobs.finetune.manifest import Manifest, libraries
 from jobs.finetune.telemetry import read_metrics
 from jobs.intake import screen_file

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.report.model import ArmReport, DemoReport, ScoredRow, TenantReport
 from jobs.verdict import Verdict
 from safeft.evaluate import Rate, differ

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from jobs.evaluate import COMPARABLE, Evaluation
+from jobs.evaluation import COMPARABLE, Evaluation
 from jobs.verdict import Verdict
 from safeft.screen_policy import ScreenPolicy, is_risky
 

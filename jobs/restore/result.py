@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from jobs.finetune import Manifest
 from jobs.gate import Gate, safety_gate
 from jobs.review import Decision

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.controller.gate import policy_gate
 from cluster.tenancy.tenants import Policy
-from jobs.evaluate import Evaluation
+from jobs.evaluation import Evaluation
 from safeft.evaluate import Rate
 
 
