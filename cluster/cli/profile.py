@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,7 +115,7 @@ def show(
         baseline = profile.json("baseline", "evaluation.json")["refusals"]["sets"]
         summary |= {
             "digest": profile.digest(),
-            "policy": profile.json("calibration", "policy.json"),
+            "policy": asdict(profile.policy()),
             "calibration": profile.json("calibration", "quality.json"),
             "baseline": {kind: baseline[kind]["refusal"] for kind in baseline},
             "steering": {
