@@ -107,7 +107,10 @@ def own_ceph() -> Iterator[str]:
         # A monitor that has just begun may refuse the daemon ("wrong fsid"), which then ends.
         if running[-1].poll() is not None:
             start("ceph-osd", "-i", "0")
-        return '"num_up_osds": 1' in run("ceph", "osd", "stat", "-f", "json-pretty")
+        try:
+            return '"num_up_osds": 1' in run("ceph", "osd", "stat", "-f", "json-pretty")
+        except NotStarted:  # nor may it know its own commands yet
+            return False
 
     try:
         monmap = str(home / "monmap")
