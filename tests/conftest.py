@@ -21,11 +21,27 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+_SHARED = pytest.StashKey[SharedRay]()
+
+
 @pytest.fixture(scope="session")
-def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedRay]:
+def shared_ray(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedRay]:
     shared = SharedRay(tmp_path_factory.mktemp("cache-of-ray"))
+    request.config.stash[_SHARED] = shared
     yield shared
     shared.stop()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Files that need no Ray do not run beside one: idle, it takes a twentieth of a processor."""
+    if nextitem is None or nextitem.path == item.path or _SHARED not in item.config.stash:
+        return
+    following = (one for one in item.session.items if one.path == nextitem.path)
+    if not any("local_ray" in getattr(one, "fixturenames", ()) for one in following):
+        item.config.stash[_SHARED].stop()
 
 
 @pytest.fixture
