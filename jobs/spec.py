@@ -136,6 +136,22 @@ class FinetuneSpec(SpecPart):
         return value
 
     @model_validator(mode="after")
+    def _constraints_cover_what_is_trained(self) -> Self:
+        trained = "all-linear" if self.lora is None else self.lora.target_modules
+        for constraint in self.constraints:
+            wanted = getattr(constraint, "layers", "all-linear")
+            if "all-linear" in (trained, wanted):
+                continue
+            for ending in wanted:
+                if not any(_same_ending(ending, target) for target in trained):
+                    raise ValueError(
+                        f"constraints: {constraint.kind} covers {ending}, which is not trained; "
+                        f"add it to lora.target_modules ({', '.join(trained)}), or set them to "
+                        "all-linear"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         batch, workers = self.training.batch_size, self.distributed.workers
         if batch % workers:
@@ -161,6 +177,12 @@ class FinetuneSpec(SpecPart):
     def accumulation_steps(self) -> int:
         """Micro-batches of one worker in one optimizer step."""
         return self.training.batch_size // (self.distributed.workers * self.micro_batch)
+
+
+def _same_ending(one: str, other: str) -> bool:
+    """Whether a module's name can end in both."""
+    short, long = sorted((one, other), key=len)
+    return f".{long}".endswith(f".{short}")
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from safeft.errors import ModelError
+from safeft.errors import ModelError, SpecError
 from safeft.lora import LoraPair
 
 
@@ -73,13 +73,13 @@ def chosen_layers(layers: TrainedLayers, wanted: Layers, constraint: str) -> lis
     """Names of the trained layers that a constraint covers: all, or those with one of the endings.
 
     Raises:
-        ModelError: an ending matches no trained layer; a constraint on nothing protects nothing.
+        SpecError: an ending matches no trained layer; a constraint on nothing protects nothing.
     """
     if wanted == "all-linear":
         return list(layers)
     for ending in wanted:
         if not any(_ends(name, ending) for name in layers):
-            raise ModelError(
+            raise SpecError(
                 f"constraint {constraint}: no trained layer is named {ending}; name another one, "
                 "or add it to lora.target_modules"
             )

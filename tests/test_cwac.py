@@ -24,7 +24,7 @@ from safeft.constraints import (
     SafeLoraConfig,
 )
 from safeft.constraints.alignment import AlignmentDirection
-from safeft.errors import ModelError, ProfileError
+from safeft.errors import ModelError, ProfileError, SpecError
 from safeft.lora import lora_pairs
 from safeft.weights import FullWeight, TrainedLayers, decoder_linears, full_weights
 from tests.test_constraints import dense_C, dense_penalty, direction_of
@@ -291,7 +291,7 @@ def test_a_tied_weight_is_held_once_and_biases_train_freely() -> None:
 
 def test_a_layer_that_is_not_trained_cannot_be_constrained() -> None:
     pairs = lora_pairs(lora_model("q_proj"))
-    with pytest.raises(ModelError, match=r"cwac: no trained layer is named down_proj.*lora"):
+    with pytest.raises(SpecError, match=r"cwac: no trained layer is named down_proj.*lora"):
         ConstraintHooks([weight_side(pairs)[0]], pairs)
 
 

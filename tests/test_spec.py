@@ -31,6 +31,28 @@ def problems(text: str, tmp_path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("parts", "missing"),
+    [
+        ("constraints: [{kind: cwac}]", "down_proj"),
+        ("lora: {target_modules: [up_proj]}\nconstraints: [{kind: cwac}]", "down_proj"),
+        ("constraints: [{kind: asft, layers: [q_proj, o_proj]}]", "o_proj"),
+    ],
+)
+def test_a_constraint_on_a_layer_that_is_not_trained_is_named_before_anything_runs(
+    parts: str, missing: str, tmp_path: Path
+) -> None:
+    told = problems(MINIMAL + parts, tmp_path)
+    assert f"covers {missing}, which is not trained; add it to lora.target_modules" in told
+
+
+@pytest.mark.parametrize(
+    "lora", ["{target_modules: all-linear}", "{target_modules: [mlp.down_proj]}", "null"]
+)
+def test_a_constraint_on_a_layer_that_is_trained_is_taken(lora: str, tmp_path: Path) -> None:
+    assert load(f"{MINIMAL}lora: {lora}\nconstraints: [{{kind: cwac}}]", tmp_path).constraints
+
+
 def test_a_minimal_spec_has_the_papers_defaults(tmp_path: Path) -> None:
     spec = load(MINIMAL + "constraints: [{kind: asft}, {kind: l2, lam: 0.1}]\n", tmp_path)
     assert (spec.lora.rank, spec.lora.alpha) == (8, 32)
