@@ -11,6 +11,7 @@ from cluster.dashboards.tables import Column, table
 _TENANTS = 'tenant=~"$tenant"'
 _BASES = 'base_model=~"$base_model"'
 _RISKY = 'result=~"risky|unscored"'
+_COLOURS = {"safe": "green", "unscored": "orange", "risky": "red"}
 _STAGE = 'stage="screening"'
 
 
@@ -104,7 +105,10 @@ def _verdicts() -> Section:
             ),
             lines(
                 "Rows in the hour before, by result",
-                [Query(_rows("result", over="1h"), "{{result}}")],
+                [
+                    Query(_rows(where=f'result="{result}", {_TENANTS}', over="1h"), result, colour)
+                    for result, colour in _COLOURS.items()
+                ],
                 "Rows without a score count as risky.",
                 unit="none",
                 stacked=True,
