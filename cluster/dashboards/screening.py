@@ -5,13 +5,14 @@ from __future__ import annotations
 from cluster.dashboards.board import Section, board, choice, to_board, to_docs
 from cluster.dashboards.grafana import Dashboard
 from cluster.dashboards.panels import Query, bars, buckets, lines, stat
+from cluster.dashboards.part import Colour
 from cluster.dashboards.promql import grown, quantile_of_few, share
 from cluster.dashboards.tables import Column, table
 
 _TENANTS = 'tenant=~"$tenant"'
 _BASES = 'base_model=~"$base_model"'
 _RISKY = 'result=~"risky|unscored"'
-_COLOURS = {"safe": "green", "unscored": "orange", "risky": "red"}
+_COLOURS: dict[str, Colour] = {"safe": "green", "unscored": "orange", "risky": "red"}
 _STAGE = 'stage="screening"'
 
 
