@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.policy import OnRisk, PolicyLimits
 from jobs.restore_spec import RestoreSpec
-from jobs.spec_fields import Count, NotNegative, Positive, SpecPart, TargetModules
+from jobs.spec_fields import Count, NotNegative, Positive, SpecPart, TargetModules, same_ending
 from jobs.strict_yaml import read_yaml
 from safeft.constraints import ConstraintConfig
 from safeft.errors import SpecError
@@ -143,7 +143,7 @@ class FinetuneSpec(SpecPart):
             if "all-linear" in (trained, wanted):
                 continue
             for ending in wanted:
-                if not any(_same_ending(ending, target) for target in trained):
+                if not any(same_ending(ending, target) for target in trained):
                     raise ValueError(
                         f"constraints: {constraint.kind} covers {ending}, which is not trained; "
                         f"add it to lora.target_modules ({', '.join(trained)}), or set them to "
@@ -177,12 +177,6 @@ class FinetuneSpec(SpecPart):
     def accumulation_steps(self) -> int:
         """Micro-batches of one worker in one optimizer step."""
         return self.training.batch_size // (self.distributed.workers * self.micro_batch)
-
-
-def _same_ending(one: str, other: str) -> bool:
-    """Whether a module's name can end in both."""
-    short, long = sorted((one, other), key=len)
-    return f".{long}".endswith(f".{short}")
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")

@@ -21,3 +21,9 @@ class SpecPart(BaseModel):
     """A section: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def same_ending(one: str, other: str) -> bool:
+    """Whether a module's name can end in both."""
+    short, long = sorted((one, other), key=len)
+    return f".{long}".endswith(f".{short}")

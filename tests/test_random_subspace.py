@@ -84,6 +84,7 @@ def test_a_setting_out_of_range_names_its_field(wrong: dict[str, Any]) -> None:
 
 
 def test_a_job_spec_may_ask_for_the_control(tmp_path: Any) -> None:
-    spec = make_spec(tmp_path, constraints=[{"kind": "random-subspace", "positions": "both"}])
+    constraints = [{"kind": "random-subspace", "positions": "both"}]
+    spec = make_spec(tmp_path, lora=None, constraints=constraints)
     assert spec.constraints == (RandomSubspaceConfig(positions="both"),)
     assert FinetuneSpec.model_validate_json(spec.model_dump_json()) == spec
