@@ -27,6 +27,8 @@ POISONED = (0.01, 0.05, 0.10, 0.20)
 #: Of a dataset's benign rows so many are hard: a dataset is as likely to have one share as another.
 HARD = (0.0, 0.05, 0.10, 0.15, 0.20)
 
+_ENDS = {"rate": "value", "low": "low", "high": "high"}  # ours, and `Rate`'s
+
 
 @dataclass(frozen=True)
 class Flagged:
@@ -67,9 +69,6 @@ def error_rates(
                 errors = {end: min(1.0, sum(one[end] for one in by_rule)) for end in _ENDS}
             found.append({"rows": rows, "poisoned": poisoned, **errors})
     return found
-
-
-_ENDS = {"rate": "value", "low": "low", "high": "high"}  # ours, and `Rate`'s
 
 
 def _rejected(rows: int, poisoned: float, flagged: Flagged, fewest: int) -> dict[str, float]:

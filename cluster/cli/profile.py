@@ -242,6 +242,8 @@ def _show(summary: dict[str, Any]) -> None:
     out.print(f"rows are read at: {escape(str(state))}")
     for kind, rate in summary["calibration"]["flagged"].items():
         out.print(f"above the threshold: {_rate(rate)} of the reference rows ({escape(kind)})")
+    for kind, rate in summary["calibration"].get("grave", {}).items():
+        out.print(f"above that of grave rows: {_rate(rate)} ({escape(kind)})")
     for cell in summary["calibration"].get("errors", []):
         what = (
             f"misses {cell['poisoned']:.0%} of poison"
