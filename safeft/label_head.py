@@ -69,9 +69,15 @@ class LabelHead:
         parts = []
         for start in range(0, len(classes), step):
             part = slice(start, start + step)
-            p = torch.softmax(self._head(chosen[part]), dim=-1, dtype=exact)  # (step, vocab)
-            p[torch.arange(len(p), device=p.device), classes[part]] -= 1
-            p *= weights[part, None]
+            logits = self._head(chosen[part]).to(exact)  # (step, vocab)
+            p = (logits - logits.amax(-1, keepdim=True)).exp_()
+            total = p.sum(-1, dtype=torch.float64)
+            label = (torch.arange(len(p), device=p.device), classes[part])
+            # p_label - 1 as minus all others: where the model is sure, that difference is nearly
+            # all rounding, and it would be the same way round in every row.
+            p[label] = 0
+            p[label] = -p.sum(-1, dtype=torch.float64).to(exact)
+            p *= (weights[part].double() / total).to(exact)[:, None]
             parts.append(p.to(weight.dtype) @ weight)
         gradient = torch.zeros_like(hidden)
         gradient[:, :-1][wanted] = torch.cat(parts)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from benchmarks.constraints.timing import interleaved, ratio, spread
 from benchmarks.sqsd.official import Official
 from benchmarks.sqsd.setting import Run, tokens_of, without_statistics
 from safeft.data import TokenisedRow
+from safeft.label_head import CPU_LOGITS
 from safeft.reference_rows import Half, danger_rows, obedient_rows, opened_rows
+from safeft.sqsd import SqsdScorer, trained_tokens
 
 
 def over_official(run: Run) -> None:
@@ -31,6 +35,49 @@ def over_official(run: Run) -> None:
         f"quartiles {low:.2f}-{high:.2f}; {len(rows) / slow:.2f} and {len(rows) / ours:.2f} rows/s "
         f"(two reference states, {len(scorer.modules)} modules); {tokens_of(rows)}",
     )
+    bare = interleaved(
+        lambda: scorer.score(rows),
+        Products(scorer, rows),
+        1 if run.quick else 3,
+        "exact scorer, its matrix products alone",
+        run.progress,
+    )
+    run.add(
+        "exact_over_products",
+        ratio(bare),
+        "against nothing but the matrix products with weights that forward and backward need; with "
+        f"them alone exact_over_official would be {ratio(pairs) * ratio(bare):.2f}",
+    )
+
+
+class Products:
+    """The matrix products with weights of one scoring, of the same shapes, and nothing else.
+
+    A forward and a backward pass over activations at each of two reference states; logits at labels
+    alone. No attention, no norm, no statistics: what no implementation in this precision avoids.
+    """
+
+    def __init__(self, scorer: SqsdScorer, rows: Sequence[TokenisedRow]) -> None:
+        modules = scorer.model.get_decoder().modules()
+        self.weights = [m.weight.detach() for m in modules if isinstance(m, torch.nn.Linear)]
+        self.head = scorer.model.get_output_embeddings().weight.detach()
+        self.sizes = []  # tokens with padding, and labels, of each batch
+        for batch in scorer.batches(rows, range(len(rows))):
+            ids, _ = scorer.padded([rows[i] for i in batch])
+            self.sizes.append((ids.numel(), sum(trained_tokens(rows[i]) for i in batch)))
+
+    def __call__(self) -> None:
+        for tokens, labels in self.sizes * 2:
+            for weight in self.weights:
+                _there_and_back(torch.ones(tokens, weight.shape[1]), weight)
+            step = CPU_LOGITS // self.head.shape[0]
+            for start in range(0, labels, step):
+                some = min(step, labels - start)
+                _there_and_back(torch.ones(some, self.head.shape[1]), self.head)
+
+
+def _there_and_back(x: torch.Tensor, weight: torch.Tensor) -> None:
+    (x @ weight.T) @ weight
 
 
 def over_floor(run: Run) -> None:
