@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,32 +71,29 @@ def prepare(database: Database, tenants: int, jobs: int) -> str:
 
 @contextmanager
 def served(settings: Settings) -> Iterator[tuple[str, int]]:
-    """The API in a process: its address, and its process id."""
-    program = """
-import sys, uvicorn
-from cluster.api import Services, create_app
-from cluster.settings import Settings
-app = create_app(Services.open(Settings.model_validate_json(sys.argv[1])))
-config = uvicorn.Config(app, port=0, log_level="critical", access_log=False)
-server = uvicorn.Server(config)
-import threading, time
-def tell():
-    while not server.started:
-        time.sleep(0.01)
-    print(server.servers[0].sockets[0].getsockname()[1], flush=True)
-threading.Thread(target=tell, daemon=True).start()
-server.run()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, settings.model_dump_json()], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
+    """`safeft api` in a process: its address, and its process id."""
+    file = settings.home / "settings.yaml"
+    file.write_text(settings.model_dump_json())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["-m", "cluster.cli.main", "api", "--settings", str(file), "--port", str(port)]
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
     try:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}", process.pid
+        while not _answers(f"{address}/healthz"):
+            assert process.poll() is None, "the API did not start"
+            time.sleep(0.05)
+        yield address, process.pid
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx2.get(url, timeout=5).is_success
+    except httpx2.TransportError:
+        return False
 
 
 def offered(home: Path, url: str) -> Settings:

@@ -67,7 +67,8 @@ class _BoundedBody:
             if whole:  # what comes now is the end of the connection: that may take its time
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), _BODY_S)
+                async with asyncio.timeout(_BODY_S):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"No more of the body came for {_BODY_S:g} s") from None
             size += len(message.get("body", b""))

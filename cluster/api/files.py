@@ -30,6 +30,8 @@ from cluster.tenancy.audit import record
 from cluster.tenancy.keys import Caller
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+#: Files that are whole and not deleted.
+WHOLE = (File.__table__.c.sha256.is_not(None), File.__table__.c.deleted_at.is_(None))
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
 _UPLOAD_BODY = {
     "requestBody": {
@@ -168,7 +170,7 @@ def _shown_name(given: str) -> str:
 
 def present() -> Select[File]:
     """Files that are whole and not deleted."""
-    return select(File).where(File.sha256.is_not(None), File.deleted_at.is_(None))
+    return select(File).where(*WHOLE)
 
 
 def file_of(session: TenantSession, file_id: str) -> File:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Header, Request
-from sqlalchemy import Table, bindparam, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Executable, Table, bindparam, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from cluster.api_errors import ApiError
@@ -24,6 +24,10 @@ S = TypeVar("S", bound=Session)
 _TABLE = cast(Table, IdempotentAnswer.__table__)
 _MINE = (_TABLE.c.tenant_id == bindparam("tenant"), _TABLE.c.key == bindparam("named"))
 _EARLIER = select(_TABLE.c.request_sha256, _TABLE.c.answer).where(*_MINE)
+_INSERT: dict[str, Executable] = {
+    "sqlite": sqlite.insert(_TABLE).on_conflict_do_nothing().returning(_TABLE.c.key),
+    "postgresql": postgresql.insert(_TABLE).on_conflict_do_nothing().returning(_TABLE.c.key),
+}
 _ANSWERED = update(_TABLE).where(*_MINE)
 Key = Annotated[
     str | None,
@@ -60,10 +64,6 @@ def fingerprint(request: Request, *content: bytes) -> str:
     return found.hexdigest()
 
 
-class _Taken(Exception):
-    """Another request with this key was faster."""
-
-
 def once(
     transaction: Callable[[], AbstractContextManager[S]],
     caller: Caller,
@@ -83,30 +83,24 @@ def once(
     Raises:
         ApiError: 409, the key came with another request before.
     """
-    if request.key is None:
-        with transaction() as session:
-            return effect(session), True
-    try:
-        return _attempt(transaction, caller, request, now, effect, kept)
-    except _Taken:
-        return _attempt(transaction, caller, request, now, effect, kept)
-
-
-def _attempt(
-    transaction: Callable[[], AbstractContextManager[S]],
-    caller: Caller,
-    request: Repeatable,
-    now: float,
-    effect: Callable[[S], dict[str, Any]],
-    kept: Callable[[dict[str, Any]], dict[str, Any]],
-) -> tuple[dict[str, Any], bool]:
-    assert request.key is not None
     with transaction() as session:
+        if request.key is None:
+            return effect(session), True
         # The connection itself: this is in every POST, and the session would take longer.
         rows = session.connection()
         which = {"tenant": caller.tenant_id, "named": request.key}
-        earlier = rows.execute(_EARLIER, which).one_or_none()
-        if earlier is not None:
+        row = {
+            "tenant_id": caller.tenant_id,
+            "key": request.key,
+            "request_sha256": request.fingerprint,
+            "answer": {},
+            "created_at": now,
+        }
+        # The insertion waits for a request with this key that is under way.
+        while rows.execute(_INSERT[rows.dialect.name], row).one_or_none() is None:
+            earlier = rows.execute(_EARLIER, which).one_or_none()
+            if earlier is None:
+                continue  # it was old, and removed in between
             if earlier.request_sha256 != request.fingerprint:
                 raise ApiError(
                     409,
@@ -115,17 +109,6 @@ def _attempt(
                     param="Idempotency-Key",
                 )
             return earlier.answer, False
-        row = {
-            "tenant_id": caller.tenant_id,
-            "key": request.key,
-            "request_sha256": request.fingerprint,
-            "answer": {},
-            "created_at": now,
-        }
-        try:
-            rows.execute(_TABLE.insert(), row)  # waits for a request with this key under way
-        except IntegrityError:
-            raise _Taken from None
         answer = effect(session)
         rows.execute(_ANSWERED, {**which, "answer": kept(answer)})
         return answer, True

@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from cluster.api.auth import JobsReader, JobsWriter
 from cluster.api.errors import invalid, not_found
-from cluster.api.files import present
+from cluster.api.files import WHOLE
 from cluster.api.idempotency import JsonPost, once
 from cluster.api.objects import checkpoint_object, job_object
 from cluster.api.paging import After, listed, page
@@ -23,7 +24,7 @@ from cluster.controller.transitions import Wish, ask
 from cluster.events import add_event, next_event
 from cluster.job_request import CreateJob
 from cluster.job_spec import accepted
-from cluster.state import TenantSession
+from cluster.state import TenantSession, narrowed
 from cluster.state.ids import new_id
 from cluster.state.models import File, Job
 from cluster.tenancy import quotas
@@ -32,14 +33,13 @@ from cluster.tenancy.keys import Caller
 from cluster.tenancy.tenants import Policy
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
-_FILE = present().with_only_columns(File.id).where(File.id == bindparam("file"))
+_FILES = File.__table__
+_FILE = narrowed(select(_FILES.c.id).where(_FILES.c.id == bindparam("file"), *WHOLE))
 _METADATA = re.compile(r"metadata\[([A-Za-z0-9_.-]{1,64})\]")
 
 
-@router.post("")
-def create(
-    body: CreateJob, services: With, caller: JobsWriter, request: JsonPost
-) -> dict[str, Any]:
+@router.post("", response_model=dict[str, Any])
+def create(body: CreateJob, services: With, caller: JobsWriter, request: JsonPost) -> Response:
     """Submit a job. It is screened before it is trained, and measured before it is published."""
     now = services.clock()
 
@@ -85,13 +85,13 @@ def create(
         _audit(session, caller, job, "job.create", now, kept)
         return answer
 
-    return _once(services, caller, request, now, effect)
+    return JSONResponse(_once(services, caller, request, now, effect))  # needs no validation
 
 
 def _require_file(session: TenantSession, param: str, file_id: str | None) -> None:
     if file_id is None:
         return
-    if session.scalars(_FILE, {"file": file_id}).one_or_none() is None:
+    if session.rows(_FILE, file=file_id).one_or_none() is None:
         raise invalid(f"No such File object: {file_id[:80]!r}", param, "invalid_file")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,29 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Executable,
+    Row,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session
 
 from cluster.state.group_commit import GroupCommit
 from cluster.state.sessions import TenantSession
+from cluster.state.turns import Turns
 from safeft.errors import InputError, SafeftError
 
 _BUSY_TIMEOUT_S = 30.0
 _MIGRATION_LOCK = 0x5AFE_F7  # any number, the same in every process
 _READ = "safeft_read"
+#: Transactions that write to PostgreSQL at a time: most wait for the same rows, and all take turns.
+_WRITERS = 2
 
 
 class DatabaseError(SafeftError):
@@ -42,6 +54,10 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
         self._group = GroupCommit(Path(str(self.engine.url.database))) if self.is_sqlite else None
+        self._reader = self.engine.execution_options(**{_READ: "snapshot"})
+        autocommit = {} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
+        self._single = self.engine.execution_options(**{_READ: "statement"}, **autocommit)
+        self._writers = Turns(_WRITERS)
 
     @property
     def is_sqlite(self) -> bool:
@@ -69,17 +85,22 @@ class Database:
     @contextmanager
     def system_read(self) -> Iterator[Session]:
         """Like `system`, to read only: waits for nobody."""
-        with Session(self._reader(), expire_on_commit=False) as session, session.begin():
+        with Session(self._reader, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def tenant_read(self, tenant_id: str) -> Iterator[TenantSession]:
         """Like `tenant`, to read only: waits for nobody."""
         with (
-            TenantSession(tenant_id, bind=self._reader(), expire_on_commit=False) as session,
+            TenantSession(tenant_id, bind=self._reader, expire_on_commit=False) as session,
             session.begin(),
         ):
             yield session
+
+    def row(self, query: Executable, values: dict[str, Any]) -> Row[Any] | None:
+        """The only row of a query over all tenants, or None: one statement, no transaction."""
+        with self._single.connect() as connection:
+            return connection.execute(query, values).one_or_none()
 
     def migrate(self, revision: str = "head") -> None:
         """Bring the schema to a revision, all of it or nothing; "base" removes every table.
@@ -122,11 +143,14 @@ class Database:
         """Close the pooled connections."""
         self.engine.dispose()
 
-    def _transaction(self, session: Session) -> AbstractContextManager[Any]:
-        return session.begin() if self._group is None else self._group.transaction(session)
-
-    def _reader(self) -> Engine:
-        return self.engine.execution_options(**{_READ: True})
+    @contextmanager
+    def _transaction(self, session: Session) -> Iterator[None]:
+        if self._group is not None:
+            with self._group.transaction(session):
+                yield
+        else:
+            with self._writers, session.begin():
+                yield
 
 
 def _engine(url: str) -> Engine:
@@ -169,9 +193,10 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later would fail where another one wrote meanwhile.
-    read = connection.get_execution_options().get(_READ, False)
-    connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
+    read = connection.get_execution_options().get(_READ)
+    if read != "statement":
+        # Who reads first and writes later would fail where another one wrote meanwhile.
+        connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
 
 
 def _config() -> Config:

@@ -17,13 +17,15 @@ from pathlib import Path
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from cluster.state.turns import Turns
+
 
 class GroupCommit:
     """The write transactions of one process on one SQLite database. Safe to share by threads."""
 
     def __init__(self, database: Path) -> None:
         self._log = Path(f"{database}-wal")
-        self._writer = threading.Lock()  # who waits for it inside this process is served in turn
+        self._writer = Turns(1)
         self._counting, self._flushing = threading.Lock(), threading.Lock()
         self._committed = self._flushed = 0
 

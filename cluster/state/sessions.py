@@ -6,12 +6,58 @@ what cannot be narrowed (plain SQL) is refused, and nothing of another tenant ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from sqlalchemy import event, insert, inspect
-from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
+from sqlalchemy import (
+    ColumnElement,
+    Result,
+    Select,
+    SelectBase,
+    bindparam,
+    event,
+    inspect,
+)
+from sqlalchemy.orm import LoaderCriteriaOption, ORMExecuteState, Session, with_loader_criteria
+from sqlalchemy.sql import visitors
 
-from cluster.state.models import Tenant, TenantOwned
+from cluster.state.models import Base, Tenant, TenantOwned
+
+_OWNER = "owner_"
+_OWNER_COLUMN: dict[Any, ColumnElement[str]] = {
+    mapper.local_table: mapper.local_table.c["id" if mapper.class_ is Tenant else "tenant_id"]
+    for mapper in Base.registry.mappers
+    if issubclass(mapper.class_, (Tenant, TenantOwned))
+}
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A query of columns that was narrowed once, for requests that come often.
+
+    What a session narrows at each execution takes several times as long as the query itself.
+    """
+
+    statement: Select[Any]
+
+
+def narrowed(query: Select[Any]) -> Narrowed:
+    """`query` with the condition that every table's rows are the session's tenant's.
+
+    Raises:
+        PermissionError: it has a subquery, a join or an alias, or a table that belongs to no
+            tenant: it cannot be narrowed in this simple way.
+    """
+    inside = [part for part in visitors.iterate(query) if isinstance(part, SelectBase)]
+    tables = query.get_final_froms()
+    if inside != [query] or not tables:
+        raise PermissionError("a query that is narrowed once reads tables, and has none inside")
+    for table in tables:
+        if table not in _OWNER_COLUMN:
+            raise PermissionError(f"rows of {table} belong to no tenant, or are not read as such")
+        query = query.where(_OWNER_COLUMN[table] == bindparam(_OWNER))
+    return Narrowed(query)
 
 
 class TenantSession(Session):
@@ -21,7 +67,12 @@ class TenantSession(Session):
         assert tenant_id, "a tenant session needs a tenant"
         super().__init__(**options)
         self.tenant_id = tenant_id
-        self.narrowed = (
+
+    @cached_property
+    def narrowed(self) -> tuple[LoaderCriteriaOption, ...]:
+        """What keeps a query of objects to the tenant's rows."""
+        tenant_id = self.tenant_id
+        return (
             with_loader_criteria(
                 TenantOwned, lambda cls: cls.tenant_id == tenant_id, include_aliases=True
             ),
@@ -31,9 +82,13 @@ class TenantSession(Session):
     def insert(self, row: TenantOwned) -> None:
         """Insert a whole new row at once, and keep no hold of it: quicker than add and flush."""
         self.check_owner(row)
-        columns = inspect(type(row)).columns
-        values = {column.key: getattr(row, column.key) for column in columns}
-        self.connection().execute(insert(type(row)), values)
+        table = inspect(type(row)).local_table
+        values = {column.key: getattr(row, column.key) for column in table.columns}
+        self.connection().execute(table.insert(), values)
+
+    def rows(self, query: Narrowed, **values: Any) -> Result[Any]:
+        """The rows of a query that was narrowed before, with values for its parameters."""
+        return self.connection().execute(query.statement, {**values, _OWNER: self.tenant_id})
 
     def check_owner(self, row: object) -> None:
         """Raise PermissionError unless the row is this tenant's."""

@@ -83,7 +83,8 @@ def record(
     session.flush()
     # The connection itself, because a tenant's session does not reach this table.
     connection = session.connection()
-    connection.execute(_LOCK)
+    if connection.dialect.name != "sqlite":  # which has one writer anyway
+        connection.execute(_LOCK)
     last = connection.execute(_LAST).one_or_none()
     link = Link(
         seq=last.seq + 1 if last else 1,

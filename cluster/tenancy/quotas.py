@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Row, func, select
 from sqlalchemy.orm import Session
 
 from cluster.controller.phases import STAGES, WAITING
-from cluster.state import TenantSession
+from cluster.state import TenantSession, narrowed
 from cluster.state.models import ChatUsage, File, Job, Stage, Tenant
 from safeft.errors import SafeftError
 
 # By the phases that count, and of nothing but them: then the index alone is looked at.
-_UNFINISHED = select(func.count(Job.phase)).where(Job.phase.in_((*WAITING, *STAGES)))
+_JOBS, _TENANTS = Job.__table__, Tenant.__table__
+_UNFINISHED = narrowed(
+    select(func.count(_JOBS.c.phase)).where(_JOBS.c.phase.in_((*WAITING, *STAGES)))
+)
 # Not a plain FOR UPDATE: every row that refers to the tenant holds its key shared already, and two
 # requests that each held it and wanted more would wait for each other.
-_LOCKED = select(Tenant).with_for_update(key_share=True)
+_LOCKED = narrowed(select(_TENANTS).with_for_update(key_share=True))
 METERED = ("training", "evaluating", "restoring")
 _SECONDS = func.sum((Stage.ended_at - Stage.started_at) * Stage.slots)
 
@@ -27,10 +31,10 @@ class QuotaExceeded(SafeftError):
     """The tenant has all that it may have; the message names the quota."""
 
 
-def check_submit(session: TenantSession) -> Tenant:
-    """The tenant, its row locked; QuotaExceeded unless one more job may be submitted."""
+def check_submit(session: TenantSession) -> Row[Any]:
+    """The tenant's row, locked; QuotaExceeded unless one more job may be submitted."""
     tenant = _locked(session)
-    if session.scalars(_UNFINISHED).one() >= tenant.max_open_jobs:
+    if session.rows(_UNFINISHED).scalar_one() >= tenant.max_open_jobs:
         raise QuotaExceeded(
             f"max_open_jobs: {tenant.max_open_jobs} jobs are open; wait for one or cancel it"
         )
@@ -46,8 +50,12 @@ def check_submit(session: TenantSession) -> Tenant:
 
 def storage_left(session: TenantSession, *, lock: bool = False) -> int:
     """Bytes that the tenant may still store."""
-    tenant = _locked(session) if lock else session.scalars(select(Tenant)).one()
-    return max(0, tenant.max_storage_bytes - stored_bytes(session))
+    limit = (
+        _locked(session).max_storage_bytes
+        if lock
+        else session.scalars(select(Tenant.max_storage_bytes)).one()
+    )
+    return max(0, int(limit) - stored_bytes(session))
 
 
 def stored_bytes(session: TenantSession) -> int:
@@ -105,8 +113,9 @@ def chat_usage(session: TenantSession) -> dict[str, int]:
     return {name: int(found or 0) for name, found in zip(names, row, strict=True)}
 
 
-def _locked(session: TenantSession) -> Tenant:
-    return session.scalars(_LOCKED).one()
+def _locked(session: TenantSession) -> Row[Any]:
+    session.flush()
+    return session.rows(_LOCKED).one()
 
 
 class RateLimiter:

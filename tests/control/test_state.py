@@ -10,11 +10,22 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import delete, func, insert, inspect, select, text, update
+from sqlalchemy import (
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    or_,
+    select,
+    text,
+    union,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import aliased
 
-from cluster.state import Database
+from cluster.state import Database, narrowed
 from cluster.state.database import DatabaseError
 from cluster.state.models import AuditEntry, Base, File, Job, Tenant
 from safeft.errors import InputError
@@ -126,6 +137,41 @@ def test_a_tenants_session_takes_no_plain_sql_and_no_table_without_tenant(
     for statement in (text("SELECT * FROM files"), select(AuditEntry), select(File.__table__)):
         with pytest.raises(PermissionError), database.tenant(a) as session:
             session.execute(statement)
+
+
+def test_a_query_that_is_narrowed_once_finds_nothing_of_another(database: Database) -> None:
+    a, b = add_tenant(database, "ten_a"), add_tenant(database, "ten_b")
+    with database.system() as system:
+        system.add_all([file_row(a, "file-a"), file_row(b, "file-b"), job_row(b, "job-b")])
+    files, jobs, tenants = File.__table__, Job.__table__, Tenant.__table__
+    one = narrowed(select(files.c.id).where(files.c.id == bindparam("named")))
+    both = narrowed(select(files.c.id, jobs.c.id).where(jobs.c.training_file != files.c.id))
+    either = narrowed(select(files.c.id).where(or_(files.c.id == "file-a", files.c.bytes >= 0)))
+    with database.tenant(a) as session:
+        assert session.rows(one, named="file-a").all() == [("file-a",)]
+        assert session.rows(one, named="file-b").all() == []
+        assert session.rows(either).all() == [("file-a",)]
+        assert session.rows(both).all() == []
+        assert session.rows(narrowed(select(func.count(jobs.c.id)))).scalar_one() == 0
+        assert session.rows(narrowed(select(tenants.c.id))).all() == [(a,)]
+
+
+def test_a_query_that_cannot_be_narrowed_once_is_refused() -> None:
+    files, jobs, audit = File.__table__, Job.__table__, AuditEntry.__table__
+    foreign = select(jobs.c.id)
+    for query in (
+        select(audit),
+        select(text("1")),
+        select(files.alias()),
+        select(files.c.id).where(foreign.exists()),
+        select(files.c.id, foreign.scalar_subquery()),
+        select(foreign.subquery()),
+        select(files.c.id).join_from(files, jobs, files.c.id == jobs.c.training_file),
+        select(foreign.cte()),
+        select(union(foreign, foreign).subquery()),
+    ):
+        with pytest.raises(PermissionError):
+            narrowed(query)
 
 
 def test_a_session_without_a_tenant_cannot_be_made(database: Database) -> None:
