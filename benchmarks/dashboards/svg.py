@@ -65,7 +65,10 @@ class Plot:
         return 6 + (1 - share) * (self.height - self.bottom - 6)
 
     def axes(self, unit: str, *, numbers: bool = True) -> None:
-        """Grid and labels."""
+        """Grid and labels, for which the widest one makes room."""
+        values = ticks(self.low, self.high, max(2, int(self.height / 40))) if numbers else []
+        labels = [shown(value, unit) for value in values]
+        self.left = max([self.left, *(12 + 6.5 * len(label) for label in labels)])
         span = self.window.end - self.window.start
         every = next(s for s in (10, 15, 30, 60, 120, 300, 600, 1800, 3600) if span / s <= 7)
         at = (self.window.start // every + 1) * every
@@ -74,10 +77,9 @@ class Plot:
                 self.line(self.x(at), 6, self.x(at), self.height - self.bottom, _GRID)
                 self.text(self.x(at), self.height - 5, clock(at), "middle", _FAINT)
             at += every
-        if numbers:
-            for value in ticks(self.low, self.high, max(2, int(self.height / 40))):
-                self.line(self.left, self.y(value), self.width - 8, self.y(value), _GRID)
-                self.text(self.left - 6, self.y(value) + 4, shown(value, unit), "end", _FAINT)
+        for value, label in zip(values, labels, strict=True):
+            self.line(self.left, self.y(value), self.width - 8, self.y(value), _GRID)
+            self.text(self.left - 6, self.y(value) + 4, label, "end", _FAINT)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> None:
         """A straight line."""

@@ -223,7 +223,7 @@ def _adapters() -> Section:
                 high=1,
             ),
             bars(
-                "What became of requests for an adapter",
+                "Adapters asked for",
                 Query(grown("safeft_adapter_cache_total", "result"), "{{result}}"),
                 "In this time range. Failed: it could not be fetched, or is broken.",
                 width=4,
