@@ -51,6 +51,7 @@ BARS = {
 }
 CLIENTS, QUEUED, TENANTS = 16, 10_000, 1_000
 MIB = 2**20
+_START_S = 60.0
 
 
 def prepare(database: Database, tenants: int, jobs: int) -> str:
@@ -77,11 +78,13 @@ def served(settings: Settings) -> Iterator[tuple[str, int]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = ["-m", "cluster.cli.main", "api", "--settings", str(file), "--port", str(port)]
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *command])
     address = f"http://127.0.0.1:{port}"
     try:
+        until = time.monotonic() + _START_S
         while not _answers(f"{address}/healthz"):
-            assert process.poll() is None, "the API did not start"
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("`safeft api` did not start; what it said stands above")
             time.sleep(0.05)
         yield address, process.pid
     finally:

@@ -69,15 +69,16 @@ class LabelHead:
         parts = []
         for start in range(0, len(classes), step):
             part = slice(start, start + step)
-            logits = self._head(chosen[part]).to(exact)  # (step, vocab)
-            p = (logits - logits.amax(-1, keepdim=True)).exp_()
-            total = p.sum(-1, dtype=torch.float64)
+            p = self._head(chosen[part]).to(exact)  # (step, vocab)
+            p.sub_(p.amax(-1, keepdim=True)).exp_()
             label = (torch.arange(len(p), device=p.device), classes[part])
+            sure = p[label]
+            p[label] = 0
+            others = p.sum(-1)
             # p_label - 1 as minus all others: where the model is sure, that difference is nearly
             # all rounding, and it would be the same way round in every row.
-            p[label] = 0
-            p[label] = -p.sum(-1, dtype=torch.float64).to(exact)
-            p *= (weights[part].double() / total).to(exact)[:, None]
+            p[label] = -others
+            p *= (weights[part] / (others + sure))[:, None]
             parts.append(p.to(weight.dtype) @ weight)
         gradient = torch.zeros_like(hidden)
         gradient[:, :-1][wanted] = torch.cat(parts)

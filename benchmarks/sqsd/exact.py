@@ -53,8 +53,8 @@ def over_official(run: Run) -> None:
 class Products:
     """The matrix products with weights of one scoring, of the same shapes, and nothing else.
 
-    A forward and a backward pass over activations at each of two reference states; logits at labels
-    alone. No attention, no norm, no statistics: what no implementation in this precision avoids.
+    A forward and a backward pass over activations at each of two reference states, padded as the
+    scorer pads; logits at labels alone. No attention, no norm, no statistics.
     """
 
     def __init__(self, scorer: SqsdScorer, rows: Sequence[TokenisedRow]) -> None:

@@ -53,11 +53,15 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        self._group = GroupCommit(Path(str(self.engine.url.database))) if self.is_sqlite else None
+        self._group = (
+            GroupCommit(Path(str(self.engine.url.database)), _BUSY_TIMEOUT_S)
+            if self.is_sqlite
+            else None
+        )
         self._reader = self.engine.execution_options(**{_READ: "snapshot"})
         autocommit = {} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         self._single = self.engine.execution_options(**{_READ: "statement"}, **autocommit)
-        self._writers = Turns(_WRITERS)
+        self._writers = Turns(_WRITERS, _BUSY_TIMEOUT_S)
 
     @property
     def is_sqlite(self) -> bool:

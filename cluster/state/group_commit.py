@@ -23,9 +23,9 @@ from cluster.state.turns import Turns
 class GroupCommit:
     """The write transactions of one process on one SQLite database. Safe to share by threads."""
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, timeout_s: float) -> None:
         self._log = Path(f"{database}-wal")
-        self._writer = Turns(1)
+        self._writer = Turns(1, timeout_s)
         self._counting, self._flushing = threading.Lock(), threading.Lock()
         self._committed = self._flushed = 0
 

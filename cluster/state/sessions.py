@@ -11,16 +11,20 @@ from functools import cached_property
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Result,
     Select,
     SelectBase,
+    TextClause,
+    UpdateBase,
     bindparam,
     event,
     inspect,
 )
 from sqlalchemy.orm import LoaderCriteriaOption, ORMExecuteState, Session, with_loader_criteria
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.operators import custom_op
 
 from cluster.state.models import Base, Tenant, TenantOwned
 
@@ -30,6 +34,15 @@ _OWNER_COLUMN: dict[Any, ColumnElement[str]] = {
     for mapper in Base.registry.mappers
     if issubclass(mapper.class_, (Tenant, TenantOwned))
 }
+
+
+#: Where a query keeps SQL of its writer's own.
+_TEXTS = ("_prefixes", "_suffixes", "_hints", "_statement_hints")
+
+
+def _own_sql(part: object) -> bool:
+    operator = getattr(part, "operator", None)
+    return bool(getattr(part, "is_literal", False)) or isinstance(operator, custom_op)
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,14 @@ def narrowed(query: Select[Any]) -> Narrowed:
     """`query` with the condition that every table's rows are the session's tenant's.
 
     Raises:
-        PermissionError: it has a subquery, a join or an alias, or a table that belongs to no
-            tenant: it cannot be narrowed in this simple way.
+        PermissionError: it has SQL as text, a subquery, a join or an alias, or a table that belongs
+            to no tenant: it cannot be narrowed in this simple way.
     """
-    inside = [part for part in visitors.iterate(query) if isinstance(part, SelectBase)]
+    parts = list(visitors.iterate(query))
+    inside = [part for part in parts if isinstance(part, (SelectBase, UpdateBase, CTE))]
+    text = [part for part in parts if isinstance(part, TextClause) or _own_sql(part)]
     tables = query.get_final_froms()
-    if inside != [query] or not tables:
+    if inside != [query] or text or any(getattr(query, name) for name in _TEXTS) or not tables:
         raise PermissionError("a query that is narrowed once reads tables, and has none inside")
     for table in tables:
         if table not in _OWNER_COLUMN:

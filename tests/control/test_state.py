@@ -16,9 +16,11 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal_column,
     or_,
     select,
     text,
+    true,
     union,
     update,
 )
@@ -169,6 +171,13 @@ def test_a_query_that_cannot_be_narrowed_once_is_refused() -> None:
         select(files.c.id).join_from(files, jobs, files.c.id == jobs.c.training_file),
         select(foreign.cte()),
         select(union(foreign, foreign).subquery()),
+        select(files.c.id).where(text("1=1 OR 1=1")),
+        select(files.c.id).where(literal_column("1=1 OR 1=1")),
+        select(files.c.id).where(files.c.id.op("OR", precedence=100)(true())),
+        select(files.c.id).add_columns(text("(SELECT max(secret_sha256) FROM api_keys)")),
+        select(files.c.id).suffix_with(text("UNION ALL SELECT id FROM jobs")),
+        select(files.c.id).with_statement_hint("UNION ALL SELECT id FROM jobs"),
+        select(files.c.id).add_cte(delete(jobs).returning(jobs.c.id).cte()),
     ):
         with pytest.raises(PermissionError):
             narrowed(query)
