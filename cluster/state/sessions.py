@@ -12,7 +12,10 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
+    ClauseElement,
+    ColumnClause,
     ColumnElement,
+    Executable,
     Result,
     Select,
     SelectBase,
@@ -40,9 +43,15 @@ _OWNER_COLUMN: dict[Any, ColumnElement[str]] = {
 _TEXTS = ("_prefixes", "_suffixes", "_hints", "_statement_hints")
 
 
-def _own_sql(part: object) -> bool:
-    operator = getattr(part, "operator", None)
-    return bool(getattr(part, "is_literal", False)) or isinstance(operator, custom_op)
+def _has_own_sql(statement: Executable) -> bool:
+    """It holds SQL as text: `1=1 OR 1=1` beside a condition on the tenant would undo it."""
+    assert isinstance(statement, ClauseElement)
+    return any(getattr(statement, name, ()) for name in _TEXTS) or any(
+        isinstance(part, TextClause)
+        or (isinstance(part, ColumnClause) and part.is_literal and part.name != "*")
+        or isinstance(getattr(part, "operator", None), custom_op)
+        for part in visitors.iterate(statement)
+    )
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,10 @@ def narrowed(query: Select[Any]) -> Narrowed:
         PermissionError: it has SQL as text, a subquery, a join or an alias, or a table that belongs
             to no tenant: it cannot be narrowed in this simple way.
     """
-    parts = list(visitors.iterate(query))
-    inside = [part for part in parts if isinstance(part, (SelectBase, UpdateBase, CTE))]
-    text = [part for part in parts if isinstance(part, TextClause) or _own_sql(part)]
+    nested = (SelectBase, UpdateBase, CTE)
+    inside = [part for part in visitors.iterate(query) if isinstance(part, nested)]
     tables = query.get_final_froms()
-    if inside != [query] or text or any(getattr(query, name) for name in _TEXTS) or not tables:
+    if inside != [query] or not tables or _has_own_sql(query):
         raise PermissionError("a query that is narrowed once reads tables, and has none inside")
     for table in tables:
         if table not in _OWNER_COLUMN:
@@ -119,6 +127,8 @@ def _narrow(state: ORMExecuteState) -> None:
     mappers = state.all_mappers
     if not state.is_orm_statement or not mappers:
         raise PermissionError("a tenant's session takes ORM statements with entities only")
+    if _has_own_sql(state.statement):
+        raise PermissionError("a tenant's session takes no SQL as text")
     if state.is_insert or state.is_update:
         raise PermissionError("a tenant's session writes rows as objects: their owner is looked at")
     for mapper in mappers:

@@ -136,7 +136,16 @@ def test_a_tenants_session_takes_no_plain_sql_and_no_table_without_tenant(
     database: Database,
 ) -> None:
     a = add_tenant(database)
-    for statement in (text("SELECT * FROM files"), select(AuditEntry), select(File.__table__)):
+    for statement in (
+        text("SELECT * FROM files"),
+        select(AuditEntry),
+        select(File.__table__),
+        select(File).where(text("1=1 OR 1=1")),
+        select(File.id).where(literal_column("1=1 OR 1=1")),
+        select(File.id).where(File.id.op("OR", precedence=100)(true())),
+        select(File.id).suffix_with(text("UNION ALL SELECT id FROM jobs")),
+        delete(File).where(text("1=1 OR 1=1")),
+    ):
         with pytest.raises(PermissionError), database.tenant(a) as session:
             session.execute(statement)
 
