@@ -53,15 +53,12 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        self._group = (
-            GroupCommit(Path(str(self.engine.url.database)), _BUSY_TIMEOUT_S)
-            if self.is_sqlite
-            else None
-        )
+        self._writers = Turns(1 if self.is_sqlite else _WRITERS, _BUSY_TIMEOUT_S)
+        log = Path(f"{self.engine.url.database}-wal")
+        self._group = GroupCommit(log, self._writers) if self.is_sqlite else None
         self._reader = self.engine.execution_options(**{_READ: "snapshot"})
         autocommit = {} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         self._single = self.engine.execution_options(**{_READ: "statement"}, **autocommit)
-        self._writers = Turns(_WRITERS, _BUSY_TIMEOUT_S)
 
     @property
     def is_sqlite(self) -> bool:

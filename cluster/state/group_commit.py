@@ -21,11 +21,15 @@ from cluster.state.turns import Turns
 
 
 class GroupCommit:
-    """The write transactions of one process on one SQLite database. Safe to share by threads."""
+    """The write transactions of one process on one SQLite database. Safe to share by threads.
 
-    def __init__(self, database: Path, timeout_s: float) -> None:
-        self._log = Path(f"{database}-wal")
-        self._writer = Turns(1, timeout_s)
+    Args:
+        log: the database's write-ahead log.
+        writer: the turns of its one writer.
+    """
+
+    def __init__(self, log: Path, writer: Turns) -> None:
+        self._log, self._writer = log, writer
         self._counting, self._flushing = threading.Lock(), threading.Lock()
         self._committed = self._flushed = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from types import TracebackType
 
 from sqlalchemy.exc import TimeoutError as NoTurn
 
@@ -40,12 +39,7 @@ class Turns:
         if not got:
             raise NoTurn(f"no turn to write to the database came for {self._timeout_s:g} s")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._counting:
             self._hand_over()
 
