@@ -121,6 +121,23 @@ def test_the_budget_stops_before_a_cell_that_would_not_fit(tmp_path: Path) -> No
     assert run_cells(few, store, world, budget_s=10, clock=world.clock).left == []
 
 
+def test_cells_that_the_results_have_are_not_run_again_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, here, results = World(), tmp_path / "here", tmp_path / "results.json"
+    monkeypatch.setattr(cli, "_executor", lambda *_: world)
+    monkeypatch.setattr(cli, "grid", lambda: grid(1, 2))
+    first = ["--output", str(here), "--only", "*cell-0", "--json", str(results)]
+    assert CliRunner().invoke(cli.app, first).exit_code == 0
+    rest = CliRunner().invoke(cli.app, ["--output", str(tmp_path / "b"), "--json", str(results)])
+    assert rest.exit_code == 0 and world.ran == ["cell-0", "cell-1"]
+    both = Results.read(results).cells
+    assert both[0] == Store(here).record(grid(1)[0]) and len(both) == 2
+    monkeypatch.setattr(cli, "grid", lambda: grid(1, 3))  # what has another setting is another cell
+    CliRunner().invoke(cli.app, ["--output", str(tmp_path / "c"), "--json", str(results)])
+    assert world.ran == ["cell-0", "cell-1", "cell-1"]
+
+
 def test_what_another_runner_has_in_hand_is_left_to_it(tmp_path: Path) -> None:
     world, store, few = World(), Store(tmp_path), grid(1, 1)
 

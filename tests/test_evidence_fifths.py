@@ -123,6 +123,14 @@ def test_a_fifth_is_trained_on_rows_of_the_ranking_that_was_scored_before(
     lines = [sorted(row.line for row in rows) for rows in trained]
     assert min(losses[n - 1] for n in lines[0]) > max(losses[n - 1] for n in lines[1])
     assert all(len(rows) == 2 for rows in trained)
+    ranked = store.directory(scoring_cell("sqsd")) / fifths.FILE
+    before = ranked.read_bytes()
+    ranked.unlink()  # as where the numbers came from another machine
+    assert not run_cells([fifth_cell("loss", 3, 0)], store, runs).failed
+    assert ranked.read_bytes() == before
+    ranked.write_bytes(before + before)
+    other = run_cells([fifth_cell("loss", 2, 0)], store, runs)
+    assert "does not hold the rows" in next(iter(other.failed.values()))
 
 
 def run_of(ranking: str, number: Any, seed: int, refused: float) -> Record:

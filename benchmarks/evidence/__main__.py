@@ -39,13 +39,18 @@ def run(
     gsm8k: Gsm8k = GSM8K,
     only: Annotated[list[str] | None, typer.Option(help="Cells by glob of PART/NAME.")] = None,
     budget: Annotated[float | None, typer.Option(help="Hours; default: no limit.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the results; cells that it has are not run again."),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Run nothing: say what there is.")] = False,
 ) -> None:
     """Run what is not finished, within the budget, and write the results."""
     if context.invoked_subcommand is not None:
         return
     store, everything = Store(output.absolute()), grid()
+    if json_file is not None and json_file.exists():
+        store.take_over(everything, Results.read(json_file).cells)
     wanted = chosen(everything, only or ())
     if not wanted:
         raise typer.BadParameter(f"no cell is named {', '.join(only or ())}; see --list")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,14 @@ class Store:
         (directory / ERROR).unlink(missing_ok=True)
         return record
 
+    def take_over(self, cells: Sequence[Cell], finished: Sequence[Record]) -> None:
+        """Count as finished what another output directory's cells of the same setting gave."""
+        given = {_identity(record): record for record in finished}
+        for cell in cells:
+            record = given.get(_identity(cell.planned()))
+            if record is not None and not (self.directory(cell) / METRICS).exists():
+                write_whole(self.begin(cell) / METRICS, record.model_dump_json(indent=1))
+
     def fail(self, cell: Cell, error: str) -> None:
         write_whole(self.directory(cell) / ERROR, json.dumps({"error": error}, indent=1))
 
@@ -135,6 +144,10 @@ class Store:
         """Why the cell's last run failed; None: it did not."""
         path = self.directory(cell) / ERROR
         return str(json.loads(path.read_text())["error"]) if path.exists() else None
+
+
+def _identity(planned: Planned) -> str:
+    return json.dumps([planned.part, planned.name, planned.setting], sort_keys=True)
 
 
 def read_record(path: Path) -> Record:

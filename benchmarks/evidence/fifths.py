@@ -131,10 +131,9 @@ class FifthRuns:
     ) -> dict[str, Any]:
         model = load_model(self._model_dir)
         if setting.method == "sqsd":
-            path = directory / FILE
-            write_rows(mixed_rows(model, self._tokenizer, self._gsm8k, progress), path)
+            path = self._mixed(model, directory, progress)
         else:
-            path = self._rows()
+            path = self._rows(progress)
         rows = tokenise_all(load_rows(path), self._tokenizer, MAX_TOKENS, FILE)
         pad = self._tokenizer.pad_token_id
         scores = scored(setting.method, rows, model, self._model_dir, self._profile, pad, progress)
@@ -151,7 +150,7 @@ class FifthRuns:
             )
         chosen = fifth(risk(record.numbers["scores"]), setting.fifth)
         sample = random.Random(f"fifth {setting.seed}").sample(chosen, setting.sample)
-        rows = load_rows(self._rows())
+        rows = load_rows(self._rows(progress))
         spec = FinetuneSpec(
             name="cell",
             model=MODEL,
@@ -178,10 +177,22 @@ class FifthRuns:
         )
         return {"final_loss": result.manifest.final_loss, **measured(found)}
 
-    def _rows(self) -> Path:
-        path = self._store.directory(scoring_cell("sqsd")) / FILE
+    def _mixed(self, model: Any, directory: Path, progress: Progress) -> Path:
+        path = directory / FILE
+        write_rows(mixed_rows(model, self._tokenizer, self._gsm8k, progress), path)
+        return path
+
+    def _rows(self, progress: Progress) -> Path:
+        """The mixed rows, made again where another machine finished the cell that ranked them."""
+        ranked = scoring_cell("sqsd")
+        record = self._store.record(ranked)
+        if record is None:
+            raise MeasurementError(f"run {PART}/{ranked.name} first: it makes the rows")
+        path = self._store.directory(ranked) / FILE
         if not path.exists():
+            self._mixed(load_model(self._model_dir), self._store.directory(ranked), progress)
+        if sha256_file(path) != record.numbers["rows_sha256"]:
             raise MeasurementError(
-                f"run {PART}/{scoring_cell('sqsd').name} first: it makes the rows"
+                f"{path} does not hold the rows that {PART}/{ranked.name} ranked"
             )
         return path
