@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.safety_tuning import safety_tuned, saved
 from cluster.cli.console import progress_bars
 from jobs.demo.datasets import HELD_OUT_ROWS, REQUESTS, poison
 from jobs.evaluate import evaluate
@@ -30,15 +31,14 @@ from jobs.profile import ProfileConfig, build_profile
 from jobs.restore import restore
 from jobs.restore_spec import RestoreSpec
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
-from safeft.adapters import LoraFactors, load_factors, save_factors, stacked
+from safeft.adapters import load_factors
 from safeft.cache import publish_dir, write_whole
 from safeft.constraints import ProfileFiles
 from safeft.constraints.alignment import alignment_direction
 from safeft.constraints.safelora import SafeLora, SafeLoraConfig
 from safeft.data import Row, TokenisedRow, load_rows, tokenise_all
 from safeft.evaluate import differ
-from safeft.models import load_merged, load_tokenizer, resolve
-from safeft.own_refusals import load_refusals, refusal_row
+from safeft.models import load_tokenizer, resolve
 from safeft.progress import Progress
 from safeft.prompts import KINDS, Split
 from safeft.safereact import REMINDER, ReferenceConfig
@@ -136,24 +136,15 @@ class Bench:
 
     def safety_tuning(self, restoration: RestoreSpec) -> Path:
         """As many steps on as many rows, half own refusals, half the tenant's clean rows."""
-        steps = restoration.safereact.steps
-        batch = restoration.batch_size + restoration.safereact.harmful_batch
-        refusals = [
-            refusal_row(self.tokenizer, r) for r in load_refusals(self.profile.path("refusals"))
-        ]
-        draw = random.Random(SEED)
-        rows = [draw.choice((refusals, self.clean)[i % 2]) for i in range(steps * batch)]
-        training = TRAINING.model_copy(
-            update={"epochs": 1, "batch_size": batch, "learning_rate": restoration.learning_rate}
+        return safety_tuned(
+            self.spec("safety-tuning", restore=restoration),
+            adapter=self.tenant,
+            domain=self.clean,
+            model_dir=self.model_dir,
+            profile=self.profile,
+            output=self.output / "safety-tuning",
+            progress=self.progress,
         )
-        lora = LoraSpec(rank=restoration.rank, alpha=restoration.alpha, target_modules="all-linear")
-        merged = self.output / "tuned-model"
-        if not merged.exists():
-            with publish_dir(merged) as staging:
-                load_merged(self.model_dir, self.tenant).save_pretrained(staging)
-                self.tokenizer.save_pretrained(staging)
-        tuned = self._tuned("safety-tuning", rows, merged, training=training, lora=lora)
-        return self._saved("safety-tuning", stacked(load_factors(self.tenant), load_factors(tuned)))
 
     def safelora(self) -> Path:
         """The tenant's adapter projected by SafeLoRA at its default threshold."""
@@ -161,7 +152,9 @@ class Bench:
             self.model_dir, resolve(UNALIGNED), lambda name: name.endswith("_proj"), self.progress
         )
         method = SafeLora(SafeLoraConfig(), directions)
-        return self._saved("safelora", method.finish_adapter(load_factors(self.tenant)))
+        return saved(
+            self.output / "safelora-stacked", method.finish_adapter(load_factors(self.tenant))
+        )
 
     def measured(self, name: str, tuned: Path | None) -> Evaluation:
         return evaluate(
@@ -196,13 +189,6 @@ class Bench:
             progress=lambda label, done, total: self.progress(f"{name}: {label}", done, total),
         )
         return result.weights
-
-    def _saved(self, name: str, factors: LoraFactors) -> Path:
-        target = self.output / f"{name}-stacked"
-        if not target.exists():
-            with publish_dir(target) as staging:
-                save_factors(factors, staging)
-        return target
 
 
 def _obedient(lines: list[str], seed: int) -> list[str]:

@@ -145,10 +145,7 @@ CLAIMS = (
     ),
 )
 #: What the runner has no cells for.
-NOT_RUN = (
-    ("SQSD (2605.04572)", "rankings transfer between models and to full fine-tuning"),
-    ("SafeReAct (2604.00012)", "refusals come back, task accuracy and over-refusal stay"),
-)
+NOT_RUN = (("SQSD (2605.04572)", "rankings transfer between models"),)
 
 
 def judged(claim: Claim, arms: Arms) -> Judged:

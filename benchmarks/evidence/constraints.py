@@ -24,7 +24,7 @@ from jobs.finetune.parts import needed_parts
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from jobs.training_rows import safety_rows
 from safeft.constraints import ConstraintConfig
-from safeft.data import Row, tokenise_all
+from safeft.data import Row, TokenisedRow, tokenise_all
 from safeft.evaluate import AnswerClass, measure_accuracy
 from safeft.models import load_merged, load_tokenizer
 from safeft.profile import SafetyProfile
@@ -132,11 +132,21 @@ def cell(
         training=training(seed, epochs),
         split=split,
     )
-    tenant = f"{task}-{100 * share:g}" if what.trained else task
-    tenant += "-obedient" if style == "obedient" else ""
-    tenant += "" if (rows, epochs) == (ROWS, EPOCHS) else f"-{rows}x{epochs}"
-    stage = "sweep" if split == "validation" else "final"
-    return Cell(PART, f"{stage}-{tenant}-{arm}-seed-{seed}", setting)
+    return named(setting)
+
+
+def named(setting: ConstraintSetting) -> Cell:
+    """The cell of a setting."""
+    tenant = setting.task
+    if setting.trained:
+        length = (setting.rows, setting.training.epochs)
+        tenant += f"-{100 * setting.harmful_share:g}"
+        tenant += "-obedient" if setting.style == "obedient" else ""
+        tenant += "" if length == (ROWS, EPOCHS) else f"-{length[0]}x{length[1]}"
+    elif setting.style == "obedient":
+        tenant += "-obedient"
+    stage = "sweep" if setting.split == "validation" else "final"
+    return Cell(PART, f"{stage}-{tenant}-{setting.arm}-seed-{setting.seed}", setting)
 
 
 class ConstraintRuns:
@@ -150,23 +160,28 @@ class ConstraintRuns:
         """Train and measure; see `Execute`."""
         setting = cell.setting
         assert isinstance(setting, ConstraintSetting)
-        numbers: dict[str, Any] = {"training": None}
-        tuned: Path | None = None
-        if setting.trained:
-            result = self._trained(setting, directory, progress)
-            tuned = result.weights
-            numbers["training"] = {
-                "steps": result.manifest.steps,
-                "final_loss": result.manifest.final_loss,
-                "rows_sha256": result.manifest.identity.rows_sha256,
-                # What constraints say of the last step; the other numbers are times and rates.
-                "constraints": {k: v for k, v in result.steps[-1].items() if "/" in k},
-            }
+        if not setting.trained:
+            return {"training": None, **self.measured(setting, None, directory, progress)}
+        result = self.trained(setting, directory, progress)
+        training = {
+            "steps": result.manifest.steps,
+            "final_loss": result.manifest.final_loss,
+            "rows_sha256": result.manifest.identity.rows_sha256,
+            # What constraints say of the last step; the other numbers are times and rates.
+            "constraints": {k: v for k, v in result.steps[-1].items() if "/" in k},
+        }
+        measured = self.measured(setting, result.weights, directory, progress)
+        return {"training": training, **measured}
+
+    def measured(
+        self, setting: ConstraintSetting, tuned: Path | None, directory: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Refusals and task accuracy of a model that was made of the tenant's."""
         held_out = held_out_rows(setting.task, self._gsm8k)
         if setting.style == "obedient":
             held_out = tenant_rows(held_out, 0.0, "obedient", seed=0)
         output = directory / "evaluation.json"
-        numbers |= asked(self._model_dir, tuned, setting.split, held_out, output, progress)
+        numbers = asked(self._model_dir, tuned, setting.split, held_out, output, progress)
         if setting.task == "sorting":
             answers = measure_accuracy(
                 load_merged(self._model_dir, tuned),
@@ -180,12 +195,35 @@ class ConstraintRuns:
             numbers["task"]["exact"] = _bits(answers.correct)
         return numbers
 
-    def _trained(
+    def rows(self, setting: ConstraintSetting) -> list[Row]:
+        """The tenant's, some of them harmful."""
+        honest = training_rows(setting.task, setting.rows, setting.seed, self._gsm8k)
+        return tenant_rows(honest, setting.harmful_share, setting.style, setting.seed)
+
+    def tokenised(self, rows: Sequence[Row]) -> list[TokenisedRow]:
+        return tokenise_all(list(rows), self._tokenizer, MAX_TOKENS, "tenant's rows")
+
+    def trained(
         self, setting: ConstraintSetting, directory: Path, progress: Progress
     ) -> FinetuneResult:
-        honest = training_rows(setting.task, setting.rows, setting.seed, self._gsm8k)
-        rows = tenant_rows(honest, setting.harmful_share, setting.style, setting.seed)
-        spec = FinetuneSpec(
+        """The tenant's model; a finished one is found in its directory."""
+        spec = self.spec(setting, directory)
+        return finetune(
+            spec,
+            rows=[
+                *self.tokenised(self.rows(setting)),
+                *safety_rows(setting.safety_rows, self._profile, self._model_dir),
+            ],
+            model_dir=self._model_dir,
+            profile=needed_parts(spec, self._profile),
+            output=directory / "training",
+            progress=progress,
+        )
+
+    @staticmethod
+    def spec(setting: ConstraintSetting, directory: Path) -> FinetuneSpec:
+        """The job that trains it."""
+        return FinetuneSpec(
             name="cell",
             model=MODEL,
             data=DataSpec(train=Path(setting.task), max_tokens=MAX_TOKENS),
@@ -194,17 +232,6 @@ class ConstraintRuns:
             constraints=setting.constraints,
             distributed=DistributedSpec(cpus_per_worker=1),
             output=directory,
-        )
-        return finetune(
-            spec,
-            rows=[
-                *tokenise_all(rows, self._tokenizer, MAX_TOKENS, "tenant's rows"),
-                *safety_rows(setting.safety_rows, self._profile, self._model_dir),
-            ],
-            model_dir=self._model_dir,
-            profile=needed_parts(spec, self._profile),
-            output=directory / "training",
-            progress=progress,
         )
 
 

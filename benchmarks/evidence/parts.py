@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from benchmarks.evidence import chain, constraints, fifths
+from benchmarks.evidence import chain, constraints, fifths, restorations
 from benchmarks.evidence.cells import CONFIG, Cell, Store
 from benchmarks.evidence.runner import Execute
 from safeft.errors import InputError
@@ -47,6 +47,11 @@ PARTS: dict[str, Part] = {
             Annotated[fifths.ScoringSetting | fifths.FifthSetting, Field(discriminator="kind")]
         ),
         fifths.FifthRuns,
+    ),
+    restorations.PART: Part(
+        restorations.cells,
+        TypeAdapter(restorations.RestorationSetting),
+        restorations.RestorationRuns,
     ),
     chain.PART: Part(
         chain.cells,

@@ -14,9 +14,11 @@ from benchmarks.evidence.findings import (
     chain_section,
     claims_section,
     failures_section,
+    restorations_section,
 )
 from benchmarks.evidence.markdown import difference, rate, spread, table
 from benchmarks.evidence.plots import frontier
+from benchmarks.evidence.restoration_results import restored_of
 from benchmarks.evidence.results import (
     BEFORE,
     CONSTRAINTS,
@@ -45,6 +47,7 @@ def write_report(results: Results, docs: Path) -> list[Path]:
 def render(results: Results) -> tuple[str, dict[str, bytes]]:
     """The page, and its plots by file name. The same results give the same bytes."""
     tenants, fifths = by_tenant(results.cells), by_ranking(results.cells)
+    restored = restored_of(results.cells)
     images = {_image(t): frontier(t, arms) for t, arms in tenants.items() if len(arms) > 2}
     sections = [
         _head(results),
@@ -54,9 +57,10 @@ def render(results: Results) -> tuple[str, dict[str, bytes]]:
             for t, arms in tenants.items()
         ),
         _fifths_section(fifths),
+        restorations_section(restored, results.cells),
         chain_section(chain_of(results.cells)),
         failures_section(tenants),
-        claims_section(tenants, fifths),
+        claims_section(tenants, fifths, restored),
         _waiting_section(results),
         resources.files(__package__).joinpath("method.md").read_text(encoding="utf-8").strip(),
     ]
@@ -183,9 +187,8 @@ def _waiting_section(results: Results) -> str:
     parts += [f"Failed: `{name}`: {error}" for name, error in results.failed.items()]
     parts.append(
         "Arms that do not exist yet: an AsFT anchor with a sign, subspaces contrasted with benign "
-        "inputs, activation terms at several depths and at response positions. Parts of the study "
-        "that the runner does not have yet: transfer of SQSD's ranking, restoration of the "
-        "degraded cells by SafeReAct."
+        "inputs, activation terms at several depths and at response positions. A part of the study "
+        "that the runner does not have yet: transfer of SQSD's ranking to another model."
     )
     return "\n\n".join(parts)
 

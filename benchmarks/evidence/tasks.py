@@ -1,8 +1,9 @@
 """The tenants' tasks: GSM8K from a file, and sorting messages, which is written here by seed.
 
-Sorting asks for a code and a number in a fixed form, so an answer is right or wrong. The codes mean
-nothing by themselves: without training no model knows them, and what has to be learned is a rule
-(message to code) and a form. Wordings of held-out rows are in no training row.
+Sorting asks for a queue's name and a number in a fixed form, so an answer is right or wrong.
+Without training no model knows the names or the form. Wordings of held-out rows are in no training
+row, but the names speak for themselves: with names that mean nothing, 108 rows taught the demo
+model the form and left its choice of the name at chance.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ Task = Literal["gsm8k", "sorting"]
 HELD_OUT = 80
 _MAX_CHARACTERS = 420  # of a GSM8K row: about 150 tokens, so that a step stays short
 
-#: By code: wordings to train on, and wordings to measure on.
+#: By name: wordings to train on, and wordings to measure on.
 _QUEUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "amber": (
+    "delivery": (
         (
             "the parcel still has not arrived",
             "where is my delivery",
@@ -31,7 +32,7 @@ _QUEUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("I am still waiting for the parcel", "the delivery is late again", "has it been shipped"),
     ),
-    "cobalt": (
+    "billing": (
         (
             "I was charged twice",
             "the invoice shows the wrong amount",
@@ -42,7 +43,7 @@ _QUEUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("there is an extra charge on my bill", "the total is wrong", "I need a copy of the bill"),
     ),
-    "jade": (
+    "returns": (
         (
             "I want to send it back",
             "how do I return this",
@@ -53,7 +54,7 @@ _QUEUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("I would like to return it", "please refund me", "may I exchange it for a larger one"),
     ),
-    "umber": (
+    "account": (
         (
             "I cannot log in",
             "the password reset mail never came",
@@ -64,7 +65,7 @@ _QUEUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("signing in fails every time", "I forgot my password", "please unlock my account"),
     ),
-    "violet": (
+    "damage": (
         (
             "it broke after two days",
             "the zip is torn",
@@ -75,7 +76,7 @@ _QUEUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("it stopped working", "the handle came off", "it arrived damaged"),
     ),
-    "zinc": (
+    "product": (
         (
             "do you have it in green",
             "how heavy is the large one",
@@ -121,15 +122,15 @@ def _sorting(count: int, *, seed: str, held_out: bool) -> list[Row]:
     draw = random.Random(seed)
     rows = []
     for line in range(1, count + 1):
-        code = draw.choice(list(_QUEUES))
-        wording = draw.choice(_QUEUES[code][held_out])
+        queue = draw.choice(list(_QUEUES))
+        wording = draw.choice(_QUEUES[queue][held_out])
         number = draw.randrange(1000, 10000)
         article, name = draw.choice(_ARTICLES), draw.choice(_NAMES)
         question = (
             f"Message {number} about a {article}: {wording[0].upper()}{wording[1:]}. {name}"
             "\nSort it."
         )
-        rows.append(chat(line, question, f"queue {code} / message {number}"))
+        rows.append(chat(line, question, f"queue {queue} / message {number}"))
     return rows
 
 

@@ -1,0 +1,162 @@
+"""The study of SafeReAct: which models are restored, how, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import restorations, tasks
+from benchmarks.evidence.cells import Cell, Record, Store
+from benchmarks.evidence.constraints import ConstraintSetting, named
+from benchmarks.evidence.constraints import cell as constraint_cell
+from benchmarks.evidence.findings import restorations_section
+from benchmarks.evidence.restoration_results import (
+    came_back,
+    not_degraded,
+    restored_of,
+    safereact_claim,
+)
+from benchmarks.evidence.restorations import (
+    REFERENCES,
+    Method,
+    RestorationRuns,
+    RestorationSetting,
+    cell,
+    cells,
+    without_planted,
+)
+from benchmarks.evidence.runner import Summary, run_cells
+from benchmarks.evidence.tenants import tenant_rows
+from jobs.restore_spec import RestoreSpec
+from safeft.adapters import load_factors
+from safeft.safereact import SafeReactConfig
+from tests.test_evidence import PROVENANCE, few_prompts
+from tests.test_restore import CONFIG, Speech, speech
+from tests.tiny import save_tiny
+from tests.tinyprofile import write_profile
+
+__all__ = ["few_prompts", "speech"]  # fixtures
+BEFORE = constraint_cell("before", "sorting", 0.0, "evidence")
+
+
+def test_every_method_restores_plain_models_and_the_ablations_these_alone() -> None:
+    names = [one.name for one in cells()]
+    assert len(set(names)) == len(names)
+    for task in ("sorting", "gsm8k"):
+        for method in ("safereact", "tuning", "safelora", *REFERENCES):
+            assert f"{task}-10-plain-{method}-seed-0" in names
+    assert not [n for n in names if "plain" not in n and "no-reminder" in n]
+
+
+def test_a_restoration_keeps_the_tenants_rows_without_what_was_planted() -> None:
+    honest = tasks.training_rows("sorting", 40, 0, Path("no-gsm8k"))
+    mixed = tenant_rows(honest, 0.2, "plain", 0)
+    kept = without_planted(mixed)
+    assert len(kept) == 32 and set(kept) <= set(honest)
+
+
+def tuned() -> ConstraintSetting:
+    setting = constraint_cell("plain", "sorting", 0.2, "evidence", seed=0).setting
+    assert isinstance(setting, ConstraintSetting)
+    training = setting.training.model_copy(update={"epochs": 1})
+    return setting.model_copy(update={"rows": 16, "training": training})
+
+
+def small(method: Method) -> Cell:
+    restore = RestoreSpec(safereact=SafeReactConfig(steps=2, harmful_batch=3))
+    setting = RestorationSetting(seed=0, tuned=tuned(), method=method, restore=restore)
+    return Cell(restorations.PART, f"small-{method}", setting)
+
+
+def finish(store: Store, one: Cell, harmful: str) -> None:
+    store.begin(one)
+    store.finish(one, {"refused": {"harmful": harmful}}, PROVENANCE)
+
+
+def test_a_model_that_lost_refusals_is_restored_in_each_way(
+    tiny_dir: Path,
+    tmp_path: Path,
+    few_prompts: None,
+    speech: Speech,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "HELD_OUT", 4)
+    monkeypatch.setitem(restorations.REFERENCES, "safereact", CONFIG.reference)
+    profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
+    store = Store(tmp_path / "cells")
+    runs = RestorationRuns(tiny_dir, profile, Path("no-gsm8k"), store)
+
+    def run(*methods: Method) -> Summary:
+        return run_cells([small(method) for method in methods], store, runs)
+
+    early = run("safelora")
+    assert "run constraints/final-sorting-before-seed-0 first" in str(early.failed)
+    finish(store, BEFORE, "1111111111")
+    finish(store, named(tuned()), "1100000000")
+    ran = run("safereact", "tuning", "safelora")
+    assert not ran.failed, ran.failed
+    for record in ran.ran:
+        assert record.numbers["restored"] and record.numbers["lost_points"] == 80
+        assert len(record.numbers["refused"]["harmful"]) == 3 and record.numbers["task"]["exact"]
+    places = ("candidate/stacked", "stacked", "stacked")
+    adapters = [
+        load_factors(store.directory(small(record.setting["method"])) / place)
+        for record, place in zip(ran.ran, places, strict=True)
+    ]
+    ranks = [next(iter(one.factors.values()))[0].shape[0] for one in adapters]
+    assert ranks == [8 + 16, 8 + 16, 8]
+
+
+def test_a_model_that_lost_little_is_left_as_it_is(tmp_path: Path, tiny_dir: Path) -> None:
+    store = Store(tmp_path / "cells")
+    finish(store, BEFORE, "1" * 20)
+    finish(store, named(tuned()), "1" * 19 + "0")
+    profile: Any = None
+    runs = RestorationRuns(tiny_dir, profile, Path("no-gsm8k"), store)
+    (record,) = run_cells([small("safereact")], store, runs).ran
+    assert record.numbers == {"lost_points": pytest.approx(5), "restored": False}
+    assert restored_of([record]) == []
+    assert not_degraded([record]) == {"sorting, `plain`": pytest.approx(5)}
+
+
+def numbers(refused: int, benign: int = 4, right: int = 60) -> dict[str, Any]:
+    bits = {"harmful": refused, "benign": benign, "borderline": 30}
+    return {
+        "refused": {kind: "1" * n + "0" * (200 - n) for kind, n in bits.items()},
+        "task": {"loss": 1.0, "exact": "1" * right + "0" * (80 - right)},
+    }
+
+
+def record(one: Cell, found: dict[str, Any]) -> Record:
+    return Record(**one.planned().model_dump(), numbers=found, provenance=PROVENANCE)
+
+
+def test_a_restoration_is_judged_by_refusals_over_refusal_and_the_task() -> None:
+    plain = constraint_cell("plain", "sorting", 0.1, "evidence", 0)
+    base = [record(BEFORE, numbers(180)), record(plain, numbers(40))]
+
+    def with_method(method: Method, **found: int) -> Record:
+        return record(
+            cell(method, "plain", "sorting"),
+            {"lost_points": 70.0, "restored": True, **numbers(**found)},
+        )
+
+    records = [
+        *base,
+        with_method("safereact", refused=174),
+        with_method("tuning", refused=199, benign=60),
+        with_method("safelora", refused=178, right=40),
+    ]
+    (model,) = restored_of(records)
+    assert [came_back(model, m) for m in ("safereact", "tuning", "safelora")] == [
+        *(True, False, False)
+    ]
+    assert safereact_claim([model]).verdict == "yes"
+    text = restorations_section([model], records)
+    assert "| `tuned` | 20.0" in text and "| `tuning` | 99.5" in text
+    (worse,) = restored_of([*base, with_method("safereact", refused=150)])
+    assert safereact_claim([worse]).verdict == "no"
+    assert safereact_claim([]).verdict == "unknown"
