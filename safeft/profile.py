@@ -40,11 +40,12 @@ SCREENING_PARTS = (
     "calibration",
     "baseline",
 )
-#: What a job under CWAC needs besides. They can come later: no verdict is bound to them.
+#: What jobs under some constraints need besides. They can come later: no verdict is bound to them.
 CONSTRAINT_PARTS = (
     "refusals",
     "harmful-inputs",
     "autoencoder",
+    "held-states",
 )
 #: What `safeft restore` needs besides, and nothing else does.
 RESTORE_PARTS = (

@@ -21,9 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
-from safeft.constraints import Asft, AsftConfig, ConstraintHooks, Cwac, CwacConfig
+from safeft.constraints import (
+    Asft,
+    AsftConfig,
+    ConstraintHooks,
+    Cwac,
+    CwacConfig,
+    HeldStates,
+    HeldStatesConfig,
+)
 from safeft.constraints.activation import ActivationPenalty
 from safeft.latents import ActivationTargets
+from safeft.reactivation_targets import Targets
 from safeft.sae import TopKAutoencoder
 from safeft.weights import TrainedLayers, full_weights
 from tests.test_constraints import direction_of
@@ -79,7 +88,7 @@ def spec_of(case: Case, model_dir: Path) -> FinetuneSpec:
 
 
 def constraints_on(layers: TrainedLayers) -> list[Any]:
-    """AsFT on all layers, CWAC's projection on all, and its activation penalty."""
+    """AsFT on all layers, CWAC's projection on all, and both terms on activations."""
     subspaces = SimpleNamespace(basis=lambda name, *_: bases()[name])
     torch.manual_seed(5)
     directions = {
@@ -89,7 +98,14 @@ def constraints_on(layers: TrainedLayers) -> list[Any]:
     activation = ActivationPenalty(targets(), lam=0.5, batch=2)  # one rank of three has none
     config = CwacConfig(layers="all-linear")
     cwac = Cwac(config, subspaces, activation)  # type: ignore[arg-type]
-    return [Asft(AsftConfig(lam=0.5), directions), cwac]
+    held = HeldStates(HeldStatesConfig(lam=2.0, batch=2), held_states())
+    return [Asft(AsftConfig(lam=0.5), directions), cwac, held]
+
+
+def held_states() -> Targets:
+    torch.manual_seed(10)
+    rows = [[5, 6, 7, 8, 9], [9, 8, 7], [11, 12, 13, 14]]
+    return Targets("none", (0, 1), rows, [torch.randn(n, 2, 32) for n in (3, 2, 4)])
 
 
 def targets() -> ActivationTargets:
@@ -141,7 +157,11 @@ def snapshot(model: Any) -> dict[str, Tensor]:
 
 def activation_of(hooks: ConstraintHooks) -> list[float]:
     metrics = hooks.metrics()
-    return [metrics["penalty/cwac"], metrics["cwac/latent_drift"]]
+    return [
+        metrics["penalty/cwac"],
+        metrics["cwac/latent_drift"],
+        metrics["penalty/held_states"],
+    ]
 
 
 def run_rank(rank: int, port: int, model_dir: Path, out: Path) -> None:

@@ -10,6 +10,7 @@ from safeft.constraints import (
     ConstraintConfig,
     CwacConfig,
     FrozenConfig,
+    HeldStatesConfig,
     L2Config,
     RandomSubspaceConfig,
     SafeLoraConfig,
@@ -67,6 +68,9 @@ ARMS: dict[str, Arm] = {
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
     "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
     "project-all-both+activations": Arm((CwacConfig(layers="all-linear", positions="both"),)),
+    "states-10": Arm((HeldStatesConfig(lam=10.0),)),
+    "states-100": Arm((HeldStatesConfig(lam=100.0),)),
+    "states-10+project-all-both": Arm((HeldStatesConfig(lam=10.0), DEFAULT)),
 }
 #: In the sweep these are tried on one task only, for time.
 GSM8K_ONLY = (

@@ -56,7 +56,7 @@ def check_made_for(profile: ProfileFiles, base_weights: str, model: str) -> None
 
 
 def _given(profile: ProfileFiles) -> Iterator[tuple[str, Path]]:
-    for name in ("alignment", "harmful_inputs", "autoencoder", "reactivation"):
+    for name in ("alignment", "harmful_inputs", "autoencoder", "held_states", "reactivation"):
         path: Path | None = getattr(profile, name)
         if path is not None:
             yield name, path
@@ -69,7 +69,7 @@ def _made_for(name: str, path: Path) -> str:
         from safeft.constraints.subspaces import load_subspaces
 
         return str(load_subspaces(path).base_weights)
-    if name == "reactivation":
+    if name in ("held_states", "reactivation"):
         from safeft.reactivation_targets import load_targets
 
         return load_targets(path).weights

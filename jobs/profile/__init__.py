@@ -1,6 +1,17 @@
 """Building a safety profile, part by part."""
 
 from jobs.profile.build import build_profile
-from jobs.profile.config import HarmfulInputsConfig, ProfileConfig, RefusalsConfig
+from jobs.profile.config import (
+    HarmfulInputsConfig,
+    HeldStatesPart,
+    ProfileConfig,
+    RefusalsConfig,
+)
 
-__all__ = ["HarmfulInputsConfig", "ProfileConfig", "RefusalsConfig", "build_profile"]
+__all__ = [
+    "HarmfulInputsConfig",
+    "HeldStatesPart",
+    "ProfileConfig",
+    "RefusalsConfig",
+    "build_profile",
+]

@@ -44,6 +44,37 @@ class HarmfulInputsConfig:
 
 
 @dataclass(frozen=True)
+class HeldStatesPart:
+    """The base model's states where it refuses harmful prompts and answers borderline ones.
+
+    Attributes:
+        prompts: at most so many of its refusals.
+        borderline_prompts: at most so many borderline-benign prompts, of which it answers most.
+        layers: 0-based decoder layers whose outputs are kept; None: six, spread over the depth.
+    """
+
+    prompts: int = 96
+    borderline_prompts: int = 96
+    layers: tuple[int, ...] | None = None
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def reference(self) -> ReferenceConfig:
+        """The base model itself, reading what it is trained to read: no reminder, not pruned.
+
+        Raises:
+            ValueError: a count or the layers are out of range.
+        """
+        return ReferenceConfig(
+            prompts=self.prompts,
+            borderline_prompts=self.borderline_prompts,
+            layers=self.layers,
+            domain_share=0.0,
+            reminder="",
+        )
+
+
+@dataclass(frozen=True)
 class ProfileConfig:
     """How all parts are built; a part depends on its own fields only.
 
@@ -58,7 +89,7 @@ class ProfileConfig:
             of the borderline class.
         calibration: reference rows of each of six classes; half of them set the policy, the
             others measure it.
-        refusals, harmful_inputs, autoencoder: the parts of these names.
+        refusals, harmful_inputs, autoencoder, held_states: the parts of these names.
         reference: of the parts ``reference-mask`` and ``reminder-states``.
     """
 
@@ -77,6 +108,7 @@ class ProfileConfig:
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    held_states: HeldStatesPart = field(default_factory=HeldStatesPart)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

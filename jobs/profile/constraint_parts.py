@@ -1,4 +1,5 @@
-"""The parts that CWAC needs: the model's own refusals, what it reads at them, the autoencoder."""
+"""The parts that constraints on inputs and states need: the model's own refusals, what its layers
+read at them, the autoencoder, its states there."""
 
 from __future__ import annotations
 
@@ -13,6 +14,12 @@ from safeft.models import load_model
 from safeft.own_refusals import load_refusals, own_refusals, save_refusals
 from safeft.profile import hash_files
 from safeft.prompts import load_prompts, spread
+from safeft.reactivation_targets import (
+    answered_rows,
+    harmful_rows,
+    reference_targets,
+    save_targets,
+)
 
 
 class ConstraintParts:
@@ -28,6 +35,7 @@ class ConstraintParts:
             Part("refusals", self._asked, self._refusals),
             Part("harmful-inputs", self._read_by, self._harmful_inputs, ("refusals",)),
             Part("autoencoder", self._trained_by, self._autoencoder, ("refusals",)),
+            Part("held-states", self._held_by, self._held_states, ("refusals",)),
         ]
 
     def _asked(self) -> dict[str, Any]:
@@ -86,3 +94,22 @@ class ConstraintParts:
             self.context.progress,
             import_from=self.context.import_sae,
         )
+
+    def _held_by(self) -> dict[str, Any]:
+        return {
+            "prompt_set": prompt_sets("profile")["borderline"],
+            "tokenizer": tokenizer_hash(self.context.tokenizer),
+            "judge": JUDGE_VERSION,
+            **asdict(self.config.held_states),
+        }
+
+    def _held_states(self, out: Path) -> None:
+        model, tokenizer = load_model(self.context.model_dir), self.context.tokenizer
+        config, progress = self.config.held_states.reference(), self.context.progress
+        refusals = load_refusals(self.profile.path("refusals"))
+        asked = spread(load_prompts("borderline", "profile"), config.borderline_prompts)
+        prompts = [prompt.text for prompt in asked]
+        rows = harmful_rows(tokenizer, refusals, config)
+        rows += answered_rows(model, tokenizer, prompts, config, progress)
+        base = self.profile.base_weights
+        save_targets(reference_targets(model, rows, config, weights=base, progress=progress), out)

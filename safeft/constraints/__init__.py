@@ -9,13 +9,20 @@ from safeft.constraints.asft import Asft, AsftConfig
 from safeft.constraints.base import Constraint, ProfileFiles
 from safeft.constraints.cwac import Cwac, CwacConfig
 from safeft.constraints.frozen import Frozen, FrozenConfig
+from safeft.constraints.held_states import HeldStates, HeldStatesConfig
 from safeft.constraints.hooks import ConstraintHooks
 from safeft.constraints.l2 import L2, L2Config
 from safeft.constraints.random_subspace import RandomSubspace, RandomSubspaceConfig
 from safeft.constraints.safelora import SafeLora, SafeLoraConfig
 
 ConstraintConfig = (
-    AsftConfig | CwacConfig | L2Config | SafeLoraConfig | FrozenConfig | RandomSubspaceConfig
+    AsftConfig
+    | CwacConfig
+    | HeldStatesConfig
+    | L2Config
+    | SafeLoraConfig
+    | FrozenConfig
+    | RandomSubspaceConfig
 )
 
 __all__ = [
@@ -29,6 +36,8 @@ __all__ = [
     "CwacConfig",
     "Frozen",
     "FrozenConfig",
+    "HeldStates",
+    "HeldStatesConfig",
     "L2Config",
     "ProfileFiles",
     "RandomSubspace",

@@ -29,12 +29,14 @@ class ProfileFiles:
         alignment: the directory with the alignment directions.
         harmful_inputs: the directory with the harmful-input subspaces.
         autoencoder: the directory with the autoencoder, its latents and their baselines.
+        held_states: the directory with the base model's states where it refuses and answers.
         reactivation: the directory with a restoration's targets; not a part of a profile.
     """
 
     alignment: Path | None = None
     harmful_inputs: Path | None = None
     autoencoder: Path | None = None
+    held_states: Path | None = None
     reactivation: Path | None = None
 
     def part(self, name: str, constraint: str) -> Path:
