@@ -141,7 +141,7 @@ def reference_targets(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].reminded))
     states: dict[int, Tensor] = {}
     for start in range(0, len(order), _BATCH):
-        progress("reading reminded prompts", start, len(order))
+        progress("reading the reference's states", start, len(order))
         chosen = order[start : start + _BATCH]
         # Padded on the right, where causal attention does not look; positions that count are found
         # from each row's own end, as left padding would align them.
@@ -152,7 +152,7 @@ def reference_targets(
             states[i] = found[place, end - rows[i].count : end].float().cpu()  # (count, L, d)
             if not torch.isfinite(states[i]).all():
                 raise ProfileError("the reference's states are not finite; check its weights")
-    progress("reading reminded prompts", len(order), len(order))
+    progress("reading the reference's states", len(order), len(order))
     return Targets(
         weights, tuple(layers), [row.bare for row in rows], [states[i] for i in range(len(rows))]
     )

@@ -133,8 +133,8 @@ def test_a_fifth_is_trained_on_rows_of_the_ranking_that_was_scored_before(
     assert "does not hold the rows" in next(iter(other.failed.values()))
 
 
-def run_of(ranking: str, number: Any, seed: int, refused: float) -> Record:
-    one: Cell = fifth_cell(ranking, number, seed)
+def run_of(ranking: str, number: Any, seed: int, refused: float, whole: bool = False) -> Record:
+    one: Cell = fifth_cell(ranking, number, seed, whole=whole)
     bits = "1" * round(200 * refused) + "0" * (200 - round(200 * refused))
     return Record(
         **one.planned().model_dump(),
@@ -159,10 +159,23 @@ def test_the_claims_on_fifths_follow_from_their_refusals() -> None:
     assert rank_correlation(found["sqsd"]) == pytest.approx(1.0, abs=0.03)
     between = points_between_the_ends(found["sqsd"])
     assert between is not None and 68 < between < 72
-    assert [one.verdict for _, one in sqsd_claims(found)] == ["yes", "yes"]
+    assert [one.verdict for _, one in sqsd_claims(found)] == ["yes", "yes", "unknown"]
     falling = by_ranking(runs_of("sqsd", (0.9, 0.7, 0.5, 0.4, 0.2)))
-    assert [one.verdict for _, one in sqsd_claims(falling)] == ["no", "unknown"]
-    assert [one.verdict for _, one in sqsd_claims(by_ranking(rising[:3]))] == ["unknown"] * 2
+    assert [one.verdict for _, one in sqsd_claims(falling)] == ["no", "unknown", "unknown"]
+    assert [one.verdict for _, one in sqsd_claims(by_ranking(rising[:3]))] == ["unknown"] * 3
+
+
+@pytest.mark.parametrize(("ends", "verdict"), [((0.3, 0.8), "yes"), ((0.8, 0.3), "no")])
+def test_full_fine_tuning_on_the_fifths_says_whether_the_ranking_transfers(
+    ends: tuple[float, float], verdict: str
+) -> None:
+    whole = [run_of("sqsd", n, 0, rate, whole=True) for n, rate in zip((1, 5), ends, strict=True)]
+    found = by_ranking([*whole, run_of("sqsd", 1, 0, 0.5)])
+    assert set(found) == {"sqsd", "sqsd, whole weights"}
+    assert sqsd_claims(found)[2][1].verdict == verdict
+    assert sqsd_claims(by_ranking([run_of("sqsd", 1, 0, 0.5, whole=True)]))[2][1].verdict == (
+        "unknown"
+    )
 
 
 def test_the_rank_correlation_shares_ties() -> None:

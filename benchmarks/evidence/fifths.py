@@ -44,6 +44,7 @@ PART, MODEL = "fifths", "demo:aligned"
 MAX_TOKENS, SAMPLE = 384, ROWS
 FILE = "rows.jsonl"
 Fifth = Literal[1, 2, 3, 4, 5]
+WHOLE_RATE = 1e-4  # of whole weights: ten times less than of LoRA's factors
 
 
 class ScoringSetting(Setting):
@@ -68,13 +69,14 @@ class FifthSetting(Setting):
     ranking: str
     fifth: Fifth
     sample: int
-    lora: LoraSpec
+    lora: LoraSpec | None
     training: TrainingSpec
     split: Split
 
     @property
     def work(self) -> float:
-        return prompts_in(self.split) + 5.0 * self.sample * self.training.epochs
+        a_row = 5.0 if self.lora else 8.0
+        return prompts_in(self.split) + a_row * self.sample * self.training.epochs
 
 
 def cells() -> list[Cell]:
@@ -88,6 +90,7 @@ def cells() -> list[Cell]:
         scoring_cell("insensitive-state"),
         scoring_cell("plain-gradients"),
         *(fifth_cell(ranking, number, SEEDS[0]) for ranking in rest for number in ends),
+        *(fifth_cell("sqsd", number, SEEDS[0], whole=True) for number in ends),
     ]
 
 
@@ -95,17 +98,20 @@ def scoring_cell(method: Method) -> Cell:
     return Cell(PART, f"scores-{method}", ScoringSetting(seed=0, method=method, mix=MIX))
 
 
-def fifth_cell(ranking: str, number: Fifth, seed: int) -> Cell:
+def fifth_cell(ranking: str, number: Fifth, seed: int, *, whole: bool = False) -> Cell:
+    """A run on one fifth; `whole`: of all weights, though SQSD ranked by LoRA's."""
+    how = training(seed)
     setting = FifthSetting(
         seed=seed,
         ranking=ranking,
         fifth=number,
         sample=SAMPLE,
-        lora=LORA,
-        training=training(seed),
+        lora=None if whole else LORA,
+        training=how.model_copy(update={"learning_rate": WHOLE_RATE}) if whole else how,
         split="evidence",
     )
-    return Cell(PART, f"{ranking}-fifth-{number}-seed-{seed}", setting)
+    name = f"{ranking}-whole" if whole else ranking
+    return Cell(PART, f"{name}-fifth-{number}-seed-{seed}", setting)
 
 
 class FifthRuns:
