@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from safeft.constraints import Asft, AsftConfig, Constraint, ConstraintHooks, L2Config, ProfileFiles
 from safeft.constraints.alignment import AlignmentDirection
-from safeft.errors import ProfileError, TrainingError
+from safeft.errors import ModelError, ProfileError, TrainingError
 from safeft.lora import LoraPair, lora_pairs
 from safeft.weights import TrainedLayers, full_weights
 from tests.tiny import tiny_model
 
 
 def direction_of(V: Tensor) -> AlignmentDirection:
-    U, values, _ = torch.linalg.svd(V.double(), full_matrices=False)
+    U, values, right = torch.linalg.svd(V.double(), full_matrices=False)
     keep = values > 1e-6 * values[0]
-    return AlignmentDirection(U[:, keep].float(), values[keep].float())
+    return AlignmentDirection(U[:, keep].float(), values[keep].float(), right[keep].float())
 
 
 def dense_C(V: Tensor, anchor: str, energy: float) -> Tensor:
@@ -41,6 +41,14 @@ def dense_C(V: Tensor, anchor: str, energy: float) -> Tensor:
 
 def dense_penalty(C: Tensor, dW: Tensor, lam: float) -> Tensor:
     return lam * ((torch.eye(len(C), dtype=torch.float64) - C) @ dW).pow(2).sum()
+
+
+def dense_back(V: Tensor, dW: Tensor, energy: float, lam: float) -> Tensor:
+    """What moves back along the projector's singular pairs, one pair at a time."""
+    U, values, right = torch.linalg.svd(V.double(), full_matrices=False)
+    share = values.pow(2).cumsum(0) / values.pow(2).sum()
+    along = [U[:, j] @ dW @ right[j] for j in range(int((share < energy).sum()) + 1)]
+    return lam * torch.stack([a.pow(2) if a < 0 else a * 0 for a in along]).sum()
 
 
 def pair_of(name: str, A: Tensor, B: Tensor, scale: float) -> LoraPair:
@@ -69,7 +77,7 @@ shapes = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(shapes, min_size=1, max_size=5),
-    kind=st.sampled_from(["paper", "projector", "l2"]),
+    kind=st.sampled_from(["paper", "projector", "signed", "l2"]),
     energy=st.sampled_from([0.5, 0.9, 0.999999]),
     include_scale=st.booleans(),
     seed=st.integers(0, 2**16),
@@ -114,6 +122,8 @@ def test_value_and_gradients_equal_the_dense_form(
             C = dense_C(Vs[name], kind, energy)
         dW = (scale if include_scale else 1.0) * B @ A
         total = total + dense_penalty(C, dW, lam)
+        if kind == "signed":
+            total = total + dense_back(Vs[name], dW, energy, lam)
         largest += (1 + C.norm().item()) ** 2 * lam * dW.pow(2).sum().item()
     expected = torch.autograd.grad(total, leaves)
     assert abs(value - total.item()) <= 1e-5 * largest
@@ -144,6 +154,41 @@ def test_the_projector_leaves_an_update_inside_the_direction_free() -> None:
     hooks = ConstraintHooks([constraint], {"m": inside})
     assert hooks.before_backward(1)["asft"] == pytest.approx(0.0, abs=1e-8)
     assert hooks.metrics()["asft/orthogonal_fraction"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_signed_anchor_leaves_movement_along_the_direction_free_and_charges_the_way_back() -> (
+    None
+):
+    torch.manual_seed(0)
+    V = torch.randn(16, 2) @ torch.randn(2, 12)
+    U, values, right = torch.linalg.svd(V, full_matrices=False)
+    A, B = values[:2, None] * right[:2], U[:, :2]  # B·A = V
+    config = AsftConfig(anchor="signed", energy=1.0)
+
+    def charged(sign: float) -> tuple[float, dict[str, float]]:
+        constraint = Asft(config, {"m": direction_of(V)})
+        hooks = ConstraintHooks([constraint], {"m": pair_of("m", A.clone(), sign * B, 2.0)})
+        return hooks.before_backward(1)["asft"], hooks.metrics()
+
+    along, of_along = charged(1.0)
+    back, of_back = charged(-1.0)
+    assert along == pytest.approx(0.0, abs=1e-8) and of_along["asft/back_fraction"] == 0.0
+    assert back == pytest.approx(float(V.pow(2).sum()), rel=1e-5)
+    assert of_back["asft/back_fraction"] == pytest.approx(1.0, rel=1e-5)
+    assert of_back["asft/orthogonal_fraction"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_the_signed_anchor_is_for_lora_and_needs_the_right_singular_vectors() -> None:
+    V = torch.randn(32, 2) @ torch.randn(2, 32)
+    old = AlignmentDirection(direction_of(V).U, direction_of(V).singular_values)
+    constraint = Asft(AsftConfig(anchor="signed"), {"m": old})
+    pair = pair_of("m", torch.randn(2, 32), torch.randn(32, 2), 1.0)
+    with pytest.raises(ProfileError, match=r"right singular vectors of m.*--part alignment"):
+        constraint.bind({"m": pair})
+    whole = full_weights(tiny_model())
+    directions = {name: direction_of(torch.randn(x.d_out, x.d_in)) for name, x in whole.items()}
+    with pytest.raises(ModelError, match="trained whole; anchor: signed is for LoRA"):
+        Asft(AsftConfig(anchor="signed"), directions).bind(whole)
 
 
 def tiny_lora(seed: int = 0, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> PeftModel:

@@ -11,7 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safeft.constraints import Asft, AsftConfig, ConstraintHooks
-from safeft.constraints.alignment import alignment_direction, load_directions, save_directions
+from safeft.constraints.alignment import (
+    SIGNED,
+    alignment_direction,
+    load_directions,
+    save_directions,
+)
 from safeft.errors import ModelError, ProfileError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -79,6 +84,10 @@ def test_the_papers_matrix_follows_from_the_direction_to_fp32(tmp_path: Path) ->
         C = U @ (values.pow(2) / values.pow(2).sum().sqrt()).diag() @ U.T
         assert (C - paper_C(difference)).abs().max() < 1e-6
         assert (U.T @ U - torch.eye(U.shape[1])).abs().max() < 1e-5
+        right = found[name].right
+        assert right is not None
+        whole = U @ values.diag() @ right.double()
+        assert (whole - difference.double()).norm() < 1e-4 * difference.norm()
 
 
 def test_a_tall_weight_gives_orthonormal_columns(tmp_path: Path) -> None:
@@ -102,6 +111,8 @@ def test_large_layers_have_the_singular_values_of_an_svd(rank: int, tmp_path: Pa
     assert found.U.shape == (260, rank)
     assert torch.allclose(found.singular_values.double(), values[:rank], rtol=1e-6)
     assert (found.U.double() @ found.U.T.double() - U[:, :rank] @ U[:, :rank].T).abs().max() < 1e-5
+    assert found.right is not None and len(found.right) == min(rank, SIGNED)
+    assert (found.right @ found.right.T - torch.eye(len(found.right))).abs().max() < 1e-5
 
 
 def test_progress_reaches_its_total(tmp_path: Path) -> None:
@@ -165,6 +176,8 @@ def test_directions_survive_the_file(tmp_path: Path) -> None:
     for name in found:
         assert torch.equal(loaded[name].U, found[name].U)
         assert torch.equal(loaded[name].singular_values, found[name].singular_values)
+        right, expected = loaded[name].right, found[name].right
+        assert right is not None and expected is not None and torch.equal(right, expected)
 
 
 def test_a_truncated_or_foreign_file_is_a_profile_error(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ ARMS: dict[str, Arm] = {
     "asft-paper-5": Arm((AsftConfig(lam=5.0),)),
     "asft-projector-1": Arm((AsftConfig(lam=1.0, anchor="projector"),)),
     "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
+    "asft-signed-5": Arm((AsftConfig(lam=5.0, anchor="signed"),)),
     "cwac-published": Arm((CwacConfig(project="gradient"),)),
     "cwac-published-weights": Arm((CwacConfig(project="gradient", mode="weight_only"),)),
     "cwac-published-activations": Arm((CwacConfig(project="gradient", mode="activation_only"),)),

@@ -12,7 +12,7 @@ from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
 from jobs.profile.reference_parts import ReferenceParts, direction_inputs, fresh_adapter, save
 from safeft.adapters import factors_of
 from safeft.calibration import calibrate
-from safeft.constraints.alignment import alignment_direction, save_directions
+from safeft.constraints.alignment import SIGNED, alignment_direction, save_directions
 from safeft.data import TokenisedRow
 from safeft.directions import DANGER_START, difference, fit_dpo, fit_sft, start_at
 from safeft.errors import ProfileError
@@ -57,7 +57,7 @@ class SqsdParts:
         ]
 
     def _pair(self) -> dict[str, Any]:
-        return {"unaligned": weights_hash(self._unaligned())}
+        return {"unaligned": weights_hash(self._unaligned()), "right_vectors": SIGNED}
 
     def _made_by(self) -> dict[str, Any]:
         return direction_inputs(self.context)

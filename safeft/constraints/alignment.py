@@ -1,7 +1,8 @@
 """The alignment direction of each layer: what turned the unaligned model into the aligned one.
 
 Source: AsFT, arXiv 2506.08473, section 3. ``V = W_aligned - W_unaligned`` is kept as its left
-singular vectors and singular values, from which any function of ``V Vᵀ`` follows.
+singular vectors and singular values, from which any function of ``V Vᵀ`` follows; and, for telling
+movement along V from movement back, as the first right singular vectors.
 """
 
 from __future__ import annotations
@@ -26,23 +27,28 @@ from safeft.weights import FullWeight
 
 _FILE = "directions.safetensors"
 _FORMAT = "safeft.alignment_directions.1"
-_REBUILD = "rebuild it with `safeft profile build --part alignment`"
+REBUILD = "rebuild it with `safeft profile build --part alignment`"
 #: Singular values below this share of the largest change V·Vᵀ by less than fp32 can hold.
 _RELATIVE_CUT = 1e-6
 _SKETCH = 64  # columns: above the rank of most LoRAs
+#: At most so many right singular vectors are kept.
+SIGNED = 64
 
 
 @dataclass(frozen=True)
 class AlignmentDirection:
-    """The left half of a layer's V.
+    """A layer's V.
 
     Attributes:
         U: ``(d_out, k)`` fp32, orthonormal columns; k is 0 where the two models agree.
         singular_values: ``(k,)`` fp32, descending, positive.
+        right: ``(at most SIGNED, d_in)`` fp32, orthonormal rows, the first right singular vectors;
+            None: the profile was made without.
     """
 
     U: Tensor
     singular_values: Tensor
+    right: Tensor | None = None
 
     def eigenvalues(self) -> Tensor:
         """(k,) fp64: those of the paper's ``C = V·Vᵀ / ‖V‖_F``, whose eigenvectors are U."""
@@ -90,7 +96,7 @@ def alignment_direction(
                     f"{key}: shape {tuple(W.shape)} in {aligned_dir}, but {tuple(W0.shape)} in "
                     f"{unaligned_dir}; these are not two versions of one model"
                 )
-            directions[name] = _left_singular(W - W0, float(W.pow(2).sum().sqrt()))
+            directions[name] = _singular(W - W0, float(W.pow(2).sum().sqrt()))
         progress("alignment direction", len(names), len(names))
     if all(direction.singular_values.numel() == 0 for direction in directions.values()):
         raise ProfileError(
@@ -112,6 +118,8 @@ def save_directions(
     for name, direction in directions.items():
         tensors[f"{name}.U"] = direction.U.contiguous()
         tensors[f"{name}.singular_values"] = direction.singular_values.contiguous()
+        if direction.right is not None:
+            tensors[f"{name}.right"] = direction.right.contiguous()
     metadata = {"format": _FORMAT, "aligned_hash": aligned_hash}
     metadata["modules"] = json.dumps(list(directions))
     save_file(tensors, directory / _FILE, metadata=metadata)
@@ -126,9 +134,9 @@ class SavedDirections(Mapping[str, AlignmentDirection]):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            raise ProfileError(f"{path}: cannot be read ({error}); {_REBUILD}") from error
+            raise ProfileError(f"{path}: cannot be read ({error}); {REBUILD}") from error
         if metadata.get("format") != _FORMAT:
-            raise ProfileError(f"{path}: does not hold alignment directions; {_REBUILD}")
+            raise ProfileError(f"{path}: does not hold alignment directions; {REBUILD}")
         self._names: dict[str, None] = dict.fromkeys(json.loads(metadata["modules"]))
         self.aligned_hash = metadata["aligned_hash"]
 
@@ -138,11 +146,15 @@ class SavedDirections(Mapping[str, AlignmentDirection]):
         with safe_open(self._path, framework="pt") as file:
             U = file.get_tensor(f"{name}.U")
             values = file.get_tensor(f"{name}.singular_values")
+            signed = f"{name}.right" in file.keys()  # noqa: SIM118  (not a mapping)
+            right = file.get_tensor(f"{name}.right") if signed else None
         if U.dim() != 2 or U.shape[1:] != values.shape:
-            raise ProfileError(f"{self._path}: {name} has mismatched shapes; {_REBUILD}")
-        if not (torch.isfinite(U).all() and torch.isfinite(values).all()):
-            raise ProfileError(f"{self._path}: {name} is not finite; {_REBUILD}")
-        return AlignmentDirection(U, values)
+            raise ProfileError(f"{self._path}: {name} has mismatched shapes; {REBUILD}")
+        if right is not None and (right.dim() != 2 or len(right) != min(len(values), SIGNED)):
+            raise ProfileError(f"{self._path}: {name} has mismatched shapes; {REBUILD}")
+        if not all(t.isfinite().all() for t in (U, values, right) if t is not None):
+            raise ProfileError(f"{self._path}: {name} is not finite; {REBUILD}")
+        return AlignmentDirection(U, values, right)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -173,13 +185,13 @@ def layer_direction(
     except KeyError:
         raise ProfileError(
             f"constraint {constraint}: the profile holds no alignment direction of {layer.name}; "
-            f"{_REBUILD}, or leave the module out of what is constrained"
+            f"{REBUILD}, or leave the module out of what is constrained"
         ) from None
     if direction.U.shape[0] != layer.d_out:
         raise ProfileError(
             f"constraint {constraint}: the alignment direction of {layer.name} has "
             f"{direction.U.shape[0]} rows, but the module {layer.d_out} outputs: the profile "
-            f"belongs to another model; {_REBUILD}"
+            f"belongs to another model; {REBUILD}"
         )
     return direction
 
@@ -221,14 +233,16 @@ def _matrix(weights: Mapping[str, Any], key: str, directory: Path) -> Tensor:
     return W.double()
 
 
-def _left_singular(V: Tensor, weight_norm: float) -> AlignmentDirection:
-    """The left singular vectors and values of V, fp64, down to the cut."""
+def _singular(V: Tensor, weight_norm: float) -> AlignmentDirection:
+    """The singular vectors and values of V, fp64, down to the cut."""
     d_out, d_in = V.shape
     eps = torch.finfo(torch.float32).eps
     U, values = _sketched_svd(V, tolerance=eps * weight_norm) or _gram_svd(V)
     noise = eps * weight_norm * (d_out**-0.5 + d_in**-0.5)
     k = int((values > max(_RELATIVE_CUT * float(values[0]), noise)).sum())
-    return AlignmentDirection(U[:, :k].float().contiguous(), values[:k].float().contiguous())
+    U, values = U[:, :k], values[:k]
+    right = (U[:, :SIGNED].T @ V) / values[:SIGNED, None]
+    return AlignmentDirection(*(t.float().contiguous() for t in (U, values, right)))
 
 
 def _sketched_svd(V: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:

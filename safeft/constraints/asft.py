@@ -7,6 +7,11 @@ is made of the layer's alignment direction V. In factors, with ``C = U·diag(c)�
 
 so nothing larger than the factors and U is ever formed. Weights that are trained whole have their
 penalty from `safeft.constraints.anchored`.
+
+C is blind to the sign: movement along V and movement back cost the same, or nothing. Our ``signed``
+anchor charges the latter. With the singular pairs ``u_j, w_j`` of V it adds
+
+    λ · Σ_layers Σ_j min(0, u_jᵀ·ΔW·w_j)²
 """
 
 from __future__ import annotations
@@ -19,7 +24,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from safeft.constraints.alignment import AlignmentDirection, layer_direction, load_directions
+from safeft.constraints.alignment import (
+    REBUILD,
+    SIGNED,
+    AlignmentDirection,
+    layer_direction,
+    load_directions,
+)
 from safeft.constraints.base import (
     Anchor,
     Constraint,
@@ -28,6 +39,7 @@ from safeft.constraints.base import (
     groups_of_one_shape,
 )
 from safeft.constraints.l2 import check_strength, covered, squared_norms, update_norm
+from safeft.errors import ModelError, ProfileError
 from safeft.lora import LoraPair
 from safeft.weights import FullWeight, Layers, TrainedLayers, chosen_layers
 
@@ -39,7 +51,8 @@ class AsftConfig:
     Args:
         lam: λ.
         anchor: ``paper``: ``C = V·Vᵀ / ‖V‖_F`` as in the official code, which is no projector;
-            ``projector``: ``C = U_k·U_kᵀ``.
+            ``projector``: ``C = U_k·U_kᵀ``; ``signed``: the projector, and what moves back along V
+            costs too (LoRA only).
         energy: share of ``‖V‖_F²`` that the k columns of the projector hold.
         include_scale: ``ΔW = s·B·A``; the paper's ΔW is ``B·A``.
         layers: endings of layer names, or every trained linear layer of the decoder.
@@ -50,7 +63,7 @@ class AsftConfig:
 
     kind: Literal["asft"] = "asft"
     lam: float = 1.0
-    anchor: Literal["paper", "projector"] = "paper"
+    anchor: Literal["paper", "projector", "signed"] = "paper"
     energy: float = 0.99
     include_scale: bool = False
     layers: Layers = "all-linear"
@@ -78,13 +91,22 @@ class Asft(Constraint):
         self._config = config
         self._directions = directions
         self._stacked: list[tuple[Tensor, Tensor]] = []  # (U, c) of each stack
+        self._right: list[Tensor] = []  # (L, k, d_in) of each stack, where the anchor is signed
         self._whole: dict[str, Anchor] = {}
         self._names: set[str] = set()
 
     def bind(self, layers: TrainedLayers) -> None:
         self._names = set(chosen_layers(layers, self._config.layers, self.name))
         pairs = {name: layer for name, layer in layers.items() if isinstance(layer, LoraPair)}
-        self._stacked = [self._stack(group) for group in groups_of_one_shape(pairs)]
+        groups = groups_of_one_shape(pairs)
+        self._stacked = [self._stack(group) for group in groups]
+        if self._config.anchor == "signed":
+            if whole := [n for n in self._names if n not in pairs]:
+                raise ModelError(
+                    f"constraint {self.name}: {whole[0]} is trained whole; anchor: signed is for "
+                    "LoRA, choose paper or projector"
+                )
+            self._right = [self._stack_right(group) for group in groups]
         self._whole = {
             name: Anchor(self._config.lam, *self._anchor(layer))
             for name, layer in layers.items()
@@ -100,21 +122,27 @@ class Asft(Constraint):
             * covered(stack, self._names)
             * norms
             * (stack.scale**2 if self._config.include_scale else 1.0)
-            for stack, norms in zip(stacks, self._orthogonal(stacks), strict=True)
+            for stack, norms in zip(stacks, self._charged(stacks), strict=True)
         ]
 
     def metrics(self, stacks: Sequence[FactorStack]) -> dict[str, float]:
         """``update_norm`` and ``orthogonal_fraction``: ``‖(I − C)·ΔW‖_F / ‖ΔW‖_F``, both over all
-        modules and with LoRA's scale. At ΔW = 0 the fraction is left out."""
+        modules and with LoRA's scale; ``back_fraction`` likewise, of what moves back along V, where
+        the anchor is signed. At ΔW = 0 the fractions are left out."""
         norm = update_norm(stacks)
         if norm == 0:
             return {"update_norm": norm}
-        held = sum(
-            float(stack.scale**2 * norms.double().sum())
-            for stack, norms in zip(stacks, self._orthogonal(stacks), strict=True)
-        )
-        fraction = math.sqrt(max(held, 0.0)) / norm
-        return {"update_norm": norm, "orthogonal_fraction": fraction}
+        parts = {"orthogonal_fraction": self._orthogonal(stacks)}
+        if self._config.anchor == "signed":
+            parts["back_fraction"] = self._back(stacks)
+        found = {"update_norm": norm}
+        for key, squares in parts.items():
+            total = sum(
+                float(stack.scale**2 * each.double().sum())
+                for stack, each in zip(stacks, squares, strict=True)
+            )
+            found[key] = math.sqrt(max(total, 0.0)) / norm
+        return found
 
     def _orthogonal(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
         """``‖(I − C)·B·A‖_F²`` of each module: one ``(L,)`` vector a stack."""
@@ -126,6 +154,42 @@ class Asft(Constraint):
             X = stack.B - U @ (c[:, :, None] * (U.mT @ stack.B))
             norms.append(squared_norms(X, stack.A))
         return norms
+
+    def _charged(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
+        """What the penalty counts of each module: one ``(L,)`` vector a stack."""
+        held = self._orthogonal(stacks)
+        if self._config.anchor == "signed":
+            held = [h + b for h, b in zip(held, self._back(stacks), strict=True)]
+        return held
+
+    def _back(self, stacks: Sequence[FactorStack]) -> list[Tensor]:
+        """``Σ_j min(0, u_jᵀ·B·A·w_j)²`` of each module: one ``(L,)`` vector a stack."""
+        if stacks and stacks[0].B.device != self._right[0].device:
+            self._right = [right.to(stacks[0].B.device) for right in self._right]
+        return [
+            ((U.mT @ stack.B) * (right @ stack.A.mT)).sum(-1).clamp(max=0.0).pow(2).sum(-1)
+            for stack, (U, _), right in zip(stacks, self._stacked, self._right, strict=True)
+        ]
+
+    def _stack_right(self, group: Sequence[LoraPair]) -> Tensor:
+        """The right singular vectors beside U's columns: ``(L, k, d_in)``, padded with zeros."""
+        chosen = [self._paired(pair) if pair.name in self._names else None for pair in group]
+        k = max(0 if right is None else len(right) for right in chosen)
+        stacked = torch.zeros(len(group), k, group[0].d_in)
+        for index, right in enumerate(chosen):
+            if right is not None:
+                stacked[index, : len(right)] = right
+        return stacked
+
+    def _paired(self, pair: LoraPair) -> Tensor:
+        """The right singular vectors of one module, ``(k, d_in)``."""
+        right = layer_direction(pair, self._directions, self.name).right
+        if right is None or right.shape[1] != pair.d_in:
+            raise ProfileError(
+                f"constraint {self.name}: the profile holds no right singular vectors of "
+                f"{pair.name}, which anchor: signed needs; {REBUILD}"
+            )
+        return right[: self._anchor(pair)[1].numel()]
 
     def _stack(self, group: Sequence[LoraPair]) -> tuple[Tensor, Tensor]:
         """U ``(L, d_out, k)`` and C's eigenvalues ``(L, k)``, padded with zeros to one k."""
@@ -154,4 +218,6 @@ class Asft(Constraint):
         squares = direction.singular_values.double().pow(2)
         held = squares.cumsum(0) / squares.sum()
         k = min(int((held < self._config.energy).sum()) + 1, squares.numel())
+        if self._config.anchor == "signed":
+            k = min(k, SIGNED)
         return direction.U[:, :k], torch.ones(k)
