@@ -59,6 +59,7 @@ ARMS: dict[str, Arm] = {
     "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
     "asft-signed-5": Arm((AsftConfig(lam=5.0, anchor="signed"),)),
     "cwac-published": Arm((CwacConfig(project="gradient"),)),
+    "cwac+asft": Arm((CwacConfig(), AsftConfig())),
     "cwac-published-weights": Arm((CwacConfig(project="gradient", mode="weight_only"),)),
     "cwac-published-activations": Arm((CwacConfig(project="gradient", mode="activation_only"),)),
     "project-all-response": Arm((projection("all", "response"),)),
