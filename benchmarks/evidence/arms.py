@@ -21,11 +21,17 @@ Positions = Literal["prompt", "response", "both"]
 
 @dataclass(frozen=True)
 class Arm:
-    """What is done against the loss of refusals."""
+    """What is done against the loss of refusals.
+
+    Attributes:
+        learning_rate: slower training is a control as well: it learns less of everything. What a
+            projection leaves free of the weights can take a higher one.
+    """
 
     constraints: tuple[ConstraintConfig, ...] = ()
     safety_rows: int = 0
     trained: bool = True
+    learning_rate: float = 1e-3
 
 
 def projection(
@@ -70,6 +76,10 @@ ARMS: dict[str, Arm] = {
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
     "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
     "project-all-both+activations": Arm((CwacConfig(layers="all-linear", positions="both"),)),
+    "plain-3e-4": Arm(learning_rate=3e-4),
+    "project-all-both-2e-3": Arm((DEFAULT,), learning_rate=2e-3),
+    "project-all-both-4e-3": Arm((DEFAULT,), learning_rate=4e-3),
+    "project-all-response-2e-3": Arm((projection("all", "response"),), learning_rate=2e-3),
     "states-10": Arm((HeldStatesConfig(lam=10.0),)),
     "states-100": Arm((HeldStatesConfig(lam=100.0),)),
     "states-10+project-all-both": Arm((HeldStatesConfig(lam=10.0), DEFAULT)),
@@ -81,7 +91,6 @@ GSM8K_ONLY = (
     "project-down-both",
     "project-down-response",
     "project-down-prompt",
-    "project-all-both-0.9",
     "project-all-response-0.9",
     "random-all-response",
 )

@@ -98,10 +98,10 @@ def cells() -> list[Cell]:
     return grid
 
 
-def training(seed: int, epochs: int = EPOCHS) -> TrainingSpec:
-    """The same for all cells, but for the seed and the length."""
+def training(seed: int, epochs: int = EPOCHS, learning_rate: float = 1e-3) -> TrainingSpec:
+    """The same for all cells, but for the seed, the length, and the rate that some arms have."""
     return TrainingSpec(
-        epochs=epochs, batch_size=8, learning_rate=1e-3, schedule="cosine", seed=seed
+        epochs=epochs, batch_size=8, learning_rate=learning_rate, schedule="cosine", seed=seed
     )
 
 
@@ -129,7 +129,7 @@ def cell(
         constraints=what.constraints,
         safety_rows=what.safety_rows,
         lora=LORA,
-        training=training(seed, epochs),
+        training=training(seed, epochs, what.learning_rate),
         split=split,
     )
     return named(setting)
