@@ -44,6 +44,7 @@ SCREENING_PARTS = (
 CONSTRAINT_PARTS = (
     "refusals",
     "harmful-inputs",
+    "benign-inputs",
     "autoencoder",
     "held-states",
 )

@@ -34,6 +34,11 @@ class Arm:
     learning_rate: float = 1e-3
 
 
+def contrast(times: float) -> CwacConfig:
+    """The projection, without directions that benign inputs share."""
+    return CwacConfig(mode="weight_only", layers="all-linear", positions="both", contrast=times)
+
+
 def projection(
     layers: str, positions: Positions, energy: float = 0.99, *, random: bool = False
 ) -> CwacConfig | RandomSubspaceConfig:
@@ -76,6 +81,8 @@ ARMS: dict[str, Arm] = {
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
     "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
     "project-all-both+activations": Arm((CwacConfig(layers="all-linear", positions="both"),)),
+    "project-contrast-1": Arm((contrast(1.0),)),
+    "project-contrast-2": Arm((contrast(2.0),)),
     "plain-3e-4": Arm(learning_rate=3e-4),
     "project-all-both-2e-3": Arm((DEFAULT,), learning_rate=2e-3),
     "project-all-both-4e-3": Arm((DEFAULT,), learning_rate=4e-3),

@@ -186,9 +186,8 @@ def _waiting_section(results: Results) -> str:
         parts.append(table(("what", "runs (seeds)"), list(_waiting(results))))
     parts += [f"Failed: `{name}`: {error}" for name, error in results.failed.items()]
     parts.append(
-        "Arms that do not exist yet: an AsFT anchor with a sign, subspaces contrasted with benign "
-        "inputs, activation terms at several depths and at response positions. A part of the study "
-        "that the runner does not have yet: transfer of SQSD's ranking to another model."
+        "A part of the study that the runner does not have yet: transfer of SQSD's ranking to "
+        "another model."
     )
     return "\n\n".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from jobs.spec import FinetuneSpec
@@ -56,10 +57,10 @@ def check_made_for(profile: ProfileFiles, base_weights: str, model: str) -> None
 
 
 def _given(profile: ProfileFiles) -> Iterator[tuple[str, Path]]:
-    for name in ("alignment", "harmful_inputs", "autoencoder", "held_states", "reactivation"):
-        path: Path | None = getattr(profile, name)
+    for field in fields(profile):
+        path: Path | None = getattr(profile, field.name)
         if path is not None:
-            yield name, path
+            yield field.name, path
 
 
 def _made_for(name: str, path: Path) -> str:
@@ -69,6 +70,10 @@ def _made_for(name: str, path: Path) -> str:
         from safeft.constraints.subspaces import load_subspaces
 
         return str(load_subspaces(path).base_weights)
+    if name == "benign_inputs":
+        from safeft.constraints.contrast import load_benign_inputs
+
+        return load_benign_inputs(path).base_weights
     if name in ("held_states", "reactivation"):
         from safeft.reactivation_targets import load_targets
 

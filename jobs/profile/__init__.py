@@ -2,6 +2,7 @@
 
 from jobs.profile.build import build_profile
 from jobs.profile.config import (
+    BenignInputsConfig,
     HarmfulInputsConfig,
     HeldStatesPart,
     ProfileConfig,
@@ -9,6 +10,7 @@ from jobs.profile.config import (
 )
 
 __all__ = [
+    "BenignInputsConfig",
     "HarmfulInputsConfig",
     "HeldStatesPart",
     "ProfileConfig",

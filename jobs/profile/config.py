@@ -44,6 +44,22 @@ class HarmfulInputsConfig:
 
 
 @dataclass(frozen=True)
+class BenignInputsConfig:
+    """What benign inputs share with the harmful-input subspaces.
+
+    Attributes:
+        prompts: benign prompts, and as many borderline-benign ones; those that the base model
+            answers count.
+        answer_tokens: where its answers are cut off.
+    """
+
+    prompts: int = 100
+    answer_tokens: int = 24
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
 class HeldStatesPart:
     """The base model's states where it refuses harmful prompts and answers borderline ones.
 
@@ -89,7 +105,7 @@ class ProfileConfig:
             of the borderline class.
         calibration: reference rows of each of six classes; half of them set the policy, the
             others measure it.
-        refusals, harmful_inputs, autoencoder, held_states: the parts of these names.
+        refusals, harmful_inputs, benign_inputs, autoencoder, held_states: the parts of these names.
         reference: of the parts ``reference-mask`` and ``reminder-states``.
     """
 
@@ -107,6 +123,7 @@ class ProfileConfig:
     calibration: int = 200
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
+    benign_inputs: BenignInputsConfig = field(default_factory=BenignInputsConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     held_states: HeldStatesPart = field(default_factory=HeldStatesPart)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -7,19 +7,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.profile.benign_inputs import build_benign_inputs
 from jobs.profile.harmful_inputs import build_harmful_inputs
 from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
-from safeft.evaluate import JUDGE_VERSION
+from safeft.errors import MeasurementError
+from safeft.evaluate import JUDGE_VERSION, AnswerClass
 from safeft.models import load_model
-from safeft.own_refusals import load_refusals, own_refusals, save_refusals
+from safeft.own_refusals import (
+    OwnRefusal,
+    load_refusals,
+    own_answers,
+    own_refusals,
+    save_refusals,
+)
 from safeft.profile import hash_files
-from safeft.prompts import load_prompts, spread
+from safeft.prompts import Kind, load_prompts, spread
 from safeft.reactivation_targets import (
     answered_rows,
     harmful_rows,
     reference_targets,
     save_targets,
 )
+
+HARMLESS: tuple[Kind, ...] = ("benign", "borderline")
 
 
 class ConstraintParts:
@@ -34,6 +44,7 @@ class ConstraintParts:
         return [
             Part("refusals", self._asked, self._refusals),
             Part("harmful-inputs", self._read_by, self._harmful_inputs, ("refusals",)),
+            Part("benign-inputs", self._answered_by, self._benign_inputs, ("harmful-inputs",)),
             Part("autoencoder", self._trained_by, self._autoencoder, ("refusals",)),
             Part("held-states", self._held_by, self._held_states, ("refusals",)),
         ]
@@ -70,6 +81,42 @@ class ConstraintParts:
             out,
             base_weights=self.profile.base_weights,
             energy=self.config.harmful_inputs.energy,
+            workers=self.context.workers,
+            progress=self.context.progress,
+        )
+
+    def _answered_by(self) -> dict[str, Any]:
+        sets = prompt_sets("profile")
+        return {
+            "prompt_sets": {kind: sets[kind] for kind in HARMLESS},
+            "tokenizer": tokenizer_hash(self.context.tokenizer),
+            "judge": JUDGE_VERSION,
+            **asdict(self.config.benign_inputs),
+        }
+
+    def _benign_inputs(self, out: Path) -> None:
+        config = self.config.benign_inputs
+        asked = [p for k in HARMLESS for p in spread(load_prompts(k, "profile"), config.prompts)]
+        answers = own_answers(
+            load_model(self.context.model_dir),
+            self.context.tokenizer,
+            [prompt.text for prompt in asked],
+            AnswerClass.complied,
+            answer_tokens=config.answer_tokens,
+            label="own answers to benign prompts",
+            progress=self.context.progress,
+        )
+        if not answers:
+            raise MeasurementError(
+                f"the base model answers none of {len(asked)} benign prompts, so there is nothing "
+                "to contrast with; check its weights"
+            )
+        build_benign_inputs(
+            self.context.model_dir,
+            [OwnRefusal(prompt, answer) for prompt, answer in answers],
+            self.profile.path("harmful-inputs"),
+            out,
+            base_weights=self.profile.base_weights,
             workers=self.context.workers,
             progress=self.context.progress,
         )

@@ -94,8 +94,8 @@ def build_harmful_inputs(
     sites = input_sites(load_model(model_dir), rows[0].input_ids)
     saved: list[SavedSite] = []
     with embedded_ray():
-        for share in _shares(sites, memory):
-            sums = _read(model_dir, rows, share, tokenizer.pad_token_id, workers)
+        for share in input_shares(sites, memory):
+            sums = read_inputs(model_dir, rows, share, tokenizer.pad_token_id, workers)
             for site in share:
                 progress(LABEL, len(saved), len(sites))
                 subspaces = {
@@ -106,7 +106,7 @@ def build_harmful_inputs(
     save_index(out, saved, base_weights=base_weights, energy=energy, rows=len(rows))
 
 
-def _shares(sites: Sequence[InputSite], memory: int) -> list[list[InputSite]]:
+def input_shares(sites: Sequence[InputSite], memory: int) -> list[list[InputSite]]:
     """Consecutive sites whose covariances fit into ``memory`` bytes, or one site."""
     shares: list[list[InputSite]] = []
     room = 0
@@ -120,7 +120,7 @@ def _shares(sites: Sequence[InputSite], memory: int) -> list[list[InputSite]]:
     return shares
 
 
-def _read(
+def read_inputs(
     model_dir: Path,
     rows: Sequence[ReadRow],
     sites: Sequence[InputSite],

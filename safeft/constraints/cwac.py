@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from safeft.constraints.base import Constraint, FactorStack, ForwardTerm, ProfileFiles
@@ -36,6 +37,8 @@ class CwacConfig:
             produced, or both.
         energy: share of the inputs' squared norm that U holds.
         rank: U has at most so many columns.
+        contrast: of U only directions that harmful inputs use at least so many times as much as
+            benign ones; None: all of U (the paper).
         project: ``update``: ΔW itself after each step; ``gradient``: as published, which Adam
             undoes in part. Under LoRA both act on A, and A starts outside U.
         lam: λ of the activation side.
@@ -50,6 +53,8 @@ class CwacConfig:
     positions: Literal["prompt", "response", "both"] = "prompt"
     energy: float = 0.99
     rank: int | None = None
+    # Left out of a record where it is not used: settings that were recorded before stay the same.
+    contrast: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     project: Literal["update", "gradient"] = "update"
     lam: float = 0.5
     harmful_batch: int = 4
@@ -62,12 +67,18 @@ class CwacConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, not {value}")
+        if self.contrast is not None and not 0 < self.contrast < math.inf:
+            raise ValueError(f"contrast must be positive and finite, not {self.contrast}")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of the safety profile that are needed."""
-        weights = () if self.mode == "activation_only" else ("harmful-inputs",)
-        return weights + (() if self.mode == "weight_only" else ("autoencoder",))
+        names: list[str] = []
+        if self.mode != "activation_only":
+            names += ["harmful-inputs", *([] if self.contrast is None else ["benign-inputs"])]
+        if self.mode != "weight_only":
+            names.append("autoencoder")
+        return tuple(names)
 
     def build(self, profile: ProfileFiles) -> Cwac:
         """The constraint.
@@ -77,12 +88,17 @@ class CwacConfig:
         """
         # Here, as reading a spec need not wait for transformers.
         from safeft.constraints.activation import ActivationPenalty
+        from safeft.constraints.contrast import Contrasted, load_benign_inputs
         from safeft.constraints.subspaces import load_subspaces
         from safeft.latents import load_activation_targets
 
-        subspaces = penalty = None
+        subspaces: Subspaces | None = None
+        penalty = None
         if self.mode != "activation_only":
             subspaces = load_subspaces(profile.part("harmful-inputs", self.kind))
+            if self.contrast is not None:
+                benign = load_benign_inputs(profile.part("benign-inputs", self.kind))
+                subspaces = Contrasted(subspaces, benign, self.contrast)
         if self.mode != "weight_only":
             targets = load_activation_targets(profile.part("autoencoder", self.kind))
             penalty = ActivationPenalty(targets, lam=self.lam, batch=self.harmful_batch)

@@ -190,6 +190,18 @@ class SavedSubspaces:
             )
         return self._read(site, module_name, positions, energy, rank)
 
+    def energies(self, module_name: str, positions: Positions) -> Tensor:
+        """How much the inputs use each saved direction: ``(k,)`` fp64, mean over the tokens.
+
+        Raises:
+            ProfileError: the layer is not covered, or the file is not whole.
+        """
+        self.basis(module_name, positions, self.energy, None)  # its checks
+        site = self._site_of[module_name]
+        with safe_open(self._directory / site.file, framework="pt") as file:
+            values: Tensor = file.get_tensor(f"{positions}.eigenvalues")
+        return values / max(site.sizes[positions].tokens, 1)
+
     def mean_ranks(self) -> dict[str, dict[str, float]]:
         """For each kind of layer, by its last names: ``d_in`` and the mean k by positions."""
         kinds: dict[str, list[SavedSite]] = {}
