@@ -21,6 +21,7 @@ from benchmarks.evidence.claims import CLAIMS, DEFAULT, bar, judged
 from benchmarks.evidence.constraints import ConstraintRuns, ConstraintSetting, cell
 from benchmarks.evidence.parts import grid as whole_grid
 from benchmarks.evidence.parts import read_cell
+from benchmarks.evidence.plots import FAMILIES
 from benchmarks.evidence.report import render
 from benchmarks.evidence.results import Results, by_tenant
 from benchmarks.evidence.runner import chosen, run_cells
@@ -332,6 +333,10 @@ def test_the_bar_is_met_by_numbers_that_meet_it_and_missed_by_others() -> None:
     costly = [*GOOD[:-3], record(DEFAULT, 0.9, 0.5)]
     found = {asks: one.verdict for _, asks, one in bar(by_tenant(costly))}
     assert found["more refusals than L2 at the same task accuracy"] == "unknown"
+
+
+def test_every_arm_has_a_colour_and_a_marker_of_its_family() -> None:
+    assert all(any(arm.startswith(family) for family in FAMILIES) for arm in ARMS)
 
 
 def test_a_claim_is_judged_only_where_its_arms_have_run() -> None:

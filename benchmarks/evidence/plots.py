@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "asft": ("#d55e00", "^"),
     "cwac": ("#cc79a7", "v"),
     "project": ("#009e73", "P"),
+    "states": ("#0072b2", "p"),
     "safe": ("#e69f00", "X"),
     "frozen": ("#f0e442", "h"),
 }
