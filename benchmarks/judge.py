@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processor import processor
 from safeft.errors import InputError, SafeftError
 from safeft.evaluate import JUDGE, JUDGE_VERSION, AnswerClass, Rate, classify_answer
 
@@ -195,14 +196,6 @@ def checked(wheel: Path) -> Path:
     if digest != SHA256:
         raise InputError(f"--wheel: {wheel} is not {PACKAGE} (sha256 {digest[:12]}...)")
     return wheel
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> int:

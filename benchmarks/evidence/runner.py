@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from benchmarks.evidence.cells import LOG, Cell, Provenance, Record, Store
+from benchmarks.processor import processor
 from jobs.finetune.manifest import libraries
 from jobs.runtime import usable_cpus
 from safeft import __version__
@@ -148,7 +149,7 @@ def provenance(seconds: float) -> Provenance:
         seconds=round(seconds, 1),
         processors=usable_cpus(),
         load=round(os.getloadavg()[0], 1),
-        machine=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        machine=f"{platform.system()}, {processor()}, Python {platform.python_version()}",
         versions={"safeft": __version__, **libraries()},
     )
 
