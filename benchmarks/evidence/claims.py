@@ -78,6 +78,12 @@ def _safer_at_equal_accuracy(a: ArmResult, *others: ArmResult) -> Judged:
     return _safer(a, b)
 
 
+def _cheaper_and_as_safe(a: ArmResult, b: ArmResult) -> Judged:
+    if b.against(a).higher:
+        return Judged("no", compared(a, b))
+    return Judged("yes" if a.points_of_accuracy(b) > MATCHED_POINTS else "open", compared(a, b))
+
+
 def _both_halves(both: ArmResult, weights: ArmResult, activations: ArmResult) -> Judged:
     each = [_safer(both, half) for half in (weights, activations)]
     verdicts = [half.verdict for half in each]
@@ -142,6 +148,25 @@ CLAIMS = (
         "subspaces of equal rank at the same accuracy",
         ("project-all-both", "random-all-both"),
         _safer_at_equal_accuracy,
+    ),
+    Claim(
+        "AsFT, ours",
+        "charging what moves back along the direction keeps more than the projector alone",
+        ("asft-signed-5", "asft-projector-5"),
+        _safer,
+    ),
+    Claim(
+        "CWAC, ours",
+        "directions that benign inputs share can be left to the task: as many refusals, more "
+        "accuracy",
+        ("project-contrast-1", "project-all-both"),
+        _cheaper_and_as_safe,
+    ),
+    Claim(
+        "Held states, ours",
+        "states held at six depths where refusals are produced keep more than plain training",
+        ("states-10", "plain"),
+        _safer,
     ),
 )
 #: What the runner has no cells for.
