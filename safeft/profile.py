@@ -44,8 +44,12 @@ SCREENING_PARTS = (
 CONSTRAINT_PARTS = (
     "refusals",
     "harmful-inputs",
-    "benign-inputs",
     "autoencoder",
+)
+#: What variants of constraints need that protect less than the defaults do (docs/evidence.md): made
+#: where they are asked for by name.
+ON_REQUEST = (
+    "benign-inputs",
     "held-states",
 )
 #: What `safeft restore` needs besides, and nothing else does.
@@ -54,8 +58,10 @@ RESTORE_PARTS = (
     "reminder-states",
 )
 #: Parts that a job may do without.
-OPTIONAL_PARTS = CONSTRAINT_PARTS + RESTORE_PARTS
+OPTIONAL_PARTS = CONSTRAINT_PARTS + RESTORE_PARTS + ON_REQUEST
 PARTS = SCREENING_PARTS + OPTIONAL_PARTS
+#: What is built and verified where no part is named.
+DEFAULT_PARTS = SCREENING_PARTS + CONSTRAINT_PARTS + RESTORE_PARTS
 #: Made by `benchmarks.drift`, which trains on a dozen datasets; no job needs it.
 DRIFT = "drift"
 DRIFT_FROM = ("safety-direction", "danger-direction", "calibration", "baseline")

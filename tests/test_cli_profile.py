@@ -15,9 +15,10 @@ from safeft.constraints.subspaces import POSITIONS, principal_subspace, save_ind
 from safeft.errors import SafeftError
 from safeft.profile import (
     CONSTRAINT_PARTS,
+    DEFAULT_PARTS,
+    OPTIONAL_PARTS,
     PARTS,
     RECORD,
-    RESTORE_PARTS,
     SCREENING_PARTS,
     SafetyProfile,
 )
@@ -78,7 +79,7 @@ def test_show_lists_every_part_and_those_that_are_not_built(
     assert done.code == 0
     shown = json.loads(done.stdout)
     assert list(shown["parts"]) == list(PARTS)
-    absent = ("refusals", "autoencoder", *RESTORE_PARTS)
+    absent = [part for part in OPTIONAL_PARTS if part != "harmful-inputs"]
     assert shown["parts"] == dict.fromkeys(PARTS, "built") | dict.fromkeys(absent, "not built")
     assert shown["complete"]
     assert shown["digest"] == profile.digest()
@@ -92,7 +93,7 @@ def test_show_lists_every_part_and_those_that_are_not_built(
 def test_show_tells_a_person_the_same(profile: SafetyProfile, tiny_dir: Path) -> None:
     done = safeft("profile", "show", "--model", tiny_dir)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("not built") == 2 + len(RESTORE_PARTS)
+    assert done.stdout.count("not built") == len(OPTIONAL_PARTS) - 1
     assert "rows are read at: safety adapter × 0.9" in done.stdout
     assert "danger direction: moves the safety score by 1.00 nats a token" in done.stdout
     assert "datasets of 100 rows: misses 5% of poison 12.5 % of the time (3.0-50.0)" in done.stdout
@@ -120,7 +121,7 @@ def test_verify_names_the_first_part_that_is_missing_and_what_makes_it(
     assert len(error.splitlines()) == 1, error
     assert "lacks 'refusals'" in error
     assert "safeft profile build --model MODEL --part refusals" in error
-    for part in PARTS:
+    for part in DEFAULT_PARTS:
         assert part in done.stdout
 
 

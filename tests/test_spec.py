@@ -101,7 +101,8 @@ def test_paths_are_relative_to_the_spec(tmp_path: Path) -> None:
         ("constraints: [{kind: cwac, mode: neither}]", "constraints[0].mode: input should be"),
         (
             "constraints: [{kind: aft}]",
-            "constraints[0].kind: must be one of asft, cwac, frozen, l2, random-subspace, safelora",
+            "constraints[0].kind: must be one of asft, cwac, frozen, held-states, l2, "
+            "random-subspace, safelora",
         ),
         ("constraints: [{lam: 1.0}]", "constraints[0].kind: must be one of asft, cwac"),
         ("constraints: [{kind: asft, lam: -1}]", "constraints[0]: lam must be a finite number"),

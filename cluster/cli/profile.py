@@ -158,9 +158,9 @@ def verify(
     Exit code 1, with the command that makes it, for the first part that is not.
     """
     from safeft.errors import InputError, ProfileError
-    from safeft.profile import PARTS
+    from safeft.profile import DEFAULT_PARTS, PARTS
 
-    chosen = part or list(PARTS)
+    chosen = part or list(DEFAULT_PARTS)
     if unknown := [name for name in chosen if name not in PARTS]:
         raise InputError(f"--part: no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     profile = _profile(model, root)

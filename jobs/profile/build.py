@@ -15,7 +15,7 @@ from safeft import __version__
 from safeft.cache import discard_dir, locked, publish_dir
 from safeft.errors import InputError, ProfileError
 from safeft.models import load_tokenizer, weights_hash
-from safeft.profile import PARTS, RECORD, SafetyProfile
+from safeft.profile import DEFAULT_PARTS, PARTS, RECORD, SafetyProfile
 from safeft.progress import Progress, silent
 
 
@@ -35,7 +35,8 @@ def build_profile(
     Args:
         model_dir, unaligned_dir: the aligned model that tenants tune, and the model it was made
             from, as resolved directories. Only the part ``alignment`` needs the latter.
-        parts: names of the parts to build, with what they are made from; None: all.
+        parts: names of the parts to build, with what they are made from; None: those of a whole
+            profile, without what is made on request.
         workers: Ray tasks that read prompts at a time.
         import_sae: a trained autoencoder to take over instead of training one.
 
@@ -45,7 +46,7 @@ def build_profile(
             does not refuse.
         ModelError: the two models do not pair.
     """
-    chosen = tuple(PARTS if parts is None else parts)
+    chosen = tuple(DEFAULT_PARTS if parts is None else parts)
     if unknown := [name for name in chosen if name not in PARTS]:
         raise InputError(f"no part {unknown[0]!r} in a profile; choose from {', '.join(PARTS)}")
     if import_sae is not None and "autoencoder" not in chosen:
