@@ -41,7 +41,7 @@ ARMS: dict[str, tuple[ConstraintConfig, ...]] = {
     "plain": (),
     "l2": (L2Config(lam=5.0),),
     "asft": (AsftConfig(lam=5.0),),
-    "cwac-published": (CwacConfig(project="gradient"),),
+    "cwac-published": (CwacConfig.as_published(),),
     "cwac-all-linear-both": (OUR_WEIGHTS,),
     "cwac-all-linear-response": (
         CwacConfig(mode="weight_only", layers="all-linear", positions="response"),

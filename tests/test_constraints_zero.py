@@ -96,7 +96,7 @@ def constraints_on(layers: TrainedLayers) -> list[Any]:
         for name, x in layers.items()
     }
     activation = ActivationPenalty(targets(), lam=0.5, batch=2)  # one rank of three has none
-    config = CwacConfig(layers="all-linear")
+    config = CwacConfig(mode="both")
     cwac = Cwac(config, subspaces, activation)  # type: ignore[arg-type]
     held = HeldStates(HeldStatesConfig(lam=2.0, batch=2), held_states())
     return [Asft(AsftConfig(lam=0.5), directions), cwac, held]

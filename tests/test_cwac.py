@@ -51,7 +51,7 @@ class Subspaces:
 
 def weight_side(trained: TrainedLayers, **settings: Any) -> tuple[Cwac, dict[str, Tensor]]:
     subspaces = Subspaces(trained)
-    config = CwacConfig(mode="weight_only", **settings)
+    config = CwacConfig.as_published(mode="weight_only", **{"project": "update", **settings})
     return Cwac(config, subspaces, None), subspaces.U  # type: ignore[arg-type]
 
 

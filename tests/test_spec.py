@@ -34,8 +34,11 @@ def problems(text: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("parts", "missing"),
     [
-        ("constraints: [{kind: cwac}]", "down_proj"),
-        ("lora: {target_modules: [up_proj]}\nconstraints: [{kind: cwac}]", "down_proj"),
+        ("constraints: [{kind: cwac, layers: [down_proj]}]", "down_proj"),
+        (
+            "lora: {target_modules: [up_proj]}\nconstraints: [{kind: cwac, layers: [down_proj]}]",
+            "down_proj",
+        ),
         ("constraints: [{kind: asft, layers: [q_proj, o_proj]}]", "o_proj"),
     ],
 )
@@ -50,7 +53,8 @@ def test_a_constraint_on_a_layer_that_is_not_trained_is_named_before_anything_ru
     "lora", ["{target_modules: all-linear}", "{target_modules: [mlp.down_proj]}", "null"]
 )
 def test_a_constraint_on_a_layer_that_is_trained_is_taken(lora: str, tmp_path: Path) -> None:
-    assert load(f"{MINIMAL}lora: {lora}\nconstraints: [{{kind: cwac}}]", tmp_path).constraints
+    cwac = "constraints: [{kind: cwac, layers: [down_proj]}]"
+    assert load(f"{MINIMAL}lora: {lora}\n{cwac}", tmp_path).constraints
 
 
 def test_a_minimal_spec_has_the_papers_defaults(tmp_path: Path) -> None:

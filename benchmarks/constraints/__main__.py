@@ -120,7 +120,7 @@ def cwac_weights(run: Run) -> None:
     """A full-parameter step with the projection against a plain one, and the projection alone."""
     plain = Step(run.model_dir, lora=False, constraints=[], shape=run.shape)
     for suffix, rank in (("", CWAC_RANK), ("_energy99", None)):
-        config = CwacConfig(mode="weight_only", rank=rank)
+        config = CwacConfig.as_published(mode="weight_only", project="update", rank=rank)
         constrained = Step(
             run.model_dir, lora=False, constraints=run.build(config), shape=run.shape
         )
@@ -151,7 +151,8 @@ def cwac_weights(run: Run) -> None:
 
 def cwac_both(run: Run) -> None:
     """A full-parameter step with both sides, harmful tokens at most 5 % of the task's."""
-    config = CwacConfig(rank=CWAC_RANK, harmful_batch=1 if run.quick else 2)
+    batch = 1 if run.quick else 2
+    config = CwacConfig.as_published(project="update", rank=CWAC_RANK, harmful_batch=batch)
     constrained = Step(run.model_dir, lora=False, constraints=run.build(config), shape=run.shape)
     plain = Step(run.model_dir, lora=False, constraints=[], shape=run.shape)
     pairs = interleaved(constrained, plain, run.repeats, "CWAC, full steps", run.progress)
@@ -175,9 +176,9 @@ def memory(run: Run) -> None:
 
     plain, _ = held_by(built())
     for name, configs in {
-        "": (CwacConfig(rank=CWAC_RANK),),
+        "": (CwacConfig.as_published(project="update", rank=CWAC_RANK),),
         "_asft": (AsftConfig(),),
-        "_cwac_energy99": (CwacConfig(mode="weight_only"),),
+        "_cwac_energy99": (CwacConfig.as_published(mode="weight_only", project="update"),),
     }.items():
         held, said = held_by(built(*configs))
         run.add(f"memory_above_plain_mib{name}", held - plain, f"{said}; plain holds {plain:.0f}")

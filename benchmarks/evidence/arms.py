@@ -36,7 +36,7 @@ class Arm:
 
 def contrast(times: float) -> CwacConfig:
     """The projection, without directions that benign inputs share."""
-    return CwacConfig(mode="weight_only", layers="all-linear", positions="both", contrast=times)
+    return CwacConfig(contrast=times)
 
 
 def projection(
@@ -69,10 +69,10 @@ ARMS: dict[str, Arm] = {
     "asft-projector-1": Arm((AsftConfig(lam=1.0, anchor="projector"),)),
     "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
     "asft-signed-5": Arm((AsftConfig(lam=5.0, anchor="signed"),)),
-    "cwac-published": Arm((CwacConfig(project="gradient"),)),
-    "cwac+asft": Arm((CwacConfig(), AsftConfig())),
-    "cwac-published-weights": Arm((CwacConfig(project="gradient", mode="weight_only"),)),
-    "cwac-published-activations": Arm((CwacConfig(project="gradient", mode="activation_only"),)),
+    "cwac-published": Arm((CwacConfig.as_published(),)),
+    "cwac+asft": Arm((CwacConfig.as_published(project="update"), AsftConfig())),
+    "cwac-published-weights": Arm((CwacConfig.as_published(mode="weight_only"),)),
+    "cwac-published-activations": Arm((CwacConfig.as_published(mode="activation_only"),)),
     "project-all-response": Arm((projection("all", "response"),)),
     "project-all-prompt": Arm((projection("all", "prompt"),)),
     "project-down-both": Arm((projection("down", "both"),)),
@@ -82,10 +82,11 @@ ARMS: dict[str, Arm] = {
     "project-all-both-0.97-2e-3": Arm((projection("all", "both", 0.97),), learning_rate=2e-3),
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
     "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
-    "project-all-both+activations": Arm((CwacConfig(layers="all-linear", positions="both"),)),
+    "project-all-both+activations": Arm((CwacConfig(mode="both"),)),
     "project-contrast-1": Arm((contrast(1.0),)),
     "project-contrast-0.5": Arm((contrast(0.5),)),
     "plain-3e-4": Arm(learning_rate=3e-4),
+    "random-all-both-3e-4": Arm((projection("all", "both", random=True),), learning_rate=3e-4),
     "project-all-both-2e-3": Arm((DEFAULT,), learning_rate=2e-3),
     "project-all-both-4e-3": Arm((DEFAULT,), learning_rate=4e-3),
     "project-all-response-2e-3": Arm((projection("all", "response"),), learning_rate=2e-3),
@@ -103,16 +104,18 @@ GSM8K_ONLY = (
     "project-all-response-0.9",
     "random-all-response",
 )
-#: On both tasks at a tenth of harmful rows; to be reviewed when the sweep is whole.
+#: On both tasks at a tenth of harmful rows: the default, and of each control a setting that learns
+#: about as much of the task in the sweep.
 FINALISTS = (
     "before",
-    "plain",
     "project-all-both",
-    "l2-1",
+    "plain",
+    "plain-3e-4",
     "l2-5",
     "random-all-both",
+    "random-all-both-3e-4",
     "safeinstr",
-    "asft-paper-5",
+    "project-all-both-0.9",
 )
 #: At the other shares, and where every row asks for obedience.
 CORE = ("plain", "l2-5", "random-all-both", "project-all-both")

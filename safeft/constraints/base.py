@@ -28,16 +28,16 @@ class ProfileFiles:
     Attributes:
         alignment: the directory with the alignment directions.
         harmful_inputs: the directory with the harmful-input subspaces.
-        benign_inputs: the directory with what benign inputs share with those subspaces.
         autoencoder: the directory with the autoencoder, its latents and their baselines.
+        benign_inputs: the directory with what benign inputs share with the subspaces.
         held_states: the directory with the base model's states where it refuses and answers.
         reactivation: the directory with a restoration's targets; not a part of a profile.
     """
 
     alignment: Path | None = None
     harmful_inputs: Path | None = None
-    benign_inputs: Path | None = None
     autoencoder: Path | None = None
+    benign_inputs: Path | None = None
     held_states: Path | None = None
     reactivation: Path | None = None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CwacConfig:
-    """CWAC; what the paper leaves open has the reading closest to it as default.
+    """CWAC, by default as it protected most (docs/evidence.md); `as_published` is the paper's.
 
     Args:
-        mode: both sides, or one (the paper's ablation).
+        mode: both sides (the paper), or one.
         layers: endings of the layers whose updates are projected, or every trained linear layer.
         positions: of which tokens the harmful inputs are: the prompts', those where the refusal is
             produced, or both.
@@ -48,9 +48,9 @@ class CwacConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     kind: Literal["cwac"] = "cwac"
-    mode: Literal["both", "weight_only", "activation_only"] = "both"
-    layers: Layers = ("down_proj",)
-    positions: Literal["prompt", "response", "both"] = "prompt"
+    mode: Literal["both", "weight_only", "activation_only"] = "weight_only"
+    layers: Layers = "all-linear"
+    positions: Literal["prompt", "response", "both"] = "both"
     energy: float = 0.99
     rank: int | None = None
     # Left out of a record where it is not used: settings that were recorded before stay the same.
@@ -69,6 +69,13 @@ class CwacConfig:
                 raise ValueError(f"{field} must be at least 1, not {value}")
         if self.contrast is not None and not 0 < self.contrast < math.inf:
             raise ValueError(f"contrast must be positive and finite, not {self.contrast}")
+
+    @classmethod
+    def as_published(cls, **changes: Any) -> CwacConfig:
+        """Both sides, on ``down_proj`` alone; gradients are projected, and not the update. Of what
+        the paper leaves open: prompt positions, energy 0.99. `changes`: other fields."""
+        fields: dict[str, Any] = {"mode": "both", "layers": ("down_proj",), "positions": "prompt"}
+        return cls(**{**fields, "project": "gradient", **changes})
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -34,8 +34,8 @@ class RandomSubspaceConfig:
     parts: ClassVar[tuple[str, ...]] = ("harmful-inputs",)
 
     kind: Literal["random-subspace"] = "random-subspace"
-    layers: Layers = ("down_proj",)
-    positions: Literal["prompt", "response", "both"] = "prompt"
+    layers: Layers = "all-linear"
+    positions: Literal["prompt", "response", "both"] = "both"
     energy: float = 0.99
     rank: int | None = None
     seed: int = 0
