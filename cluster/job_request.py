@@ -53,6 +53,7 @@ class Supervised(_Part):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     safety_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
+    answer_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
     screening: Screening = Screening()
 
 

@@ -89,6 +89,7 @@ def finetune_spec(
             "validation": validation,
             "max_tokens": offer.max_tokens,
             "safety_rows": supervised["safety_rows"],
+            "answer_rows": supervised.get("answer_rows", 0),  # jobs of before it was there
         },
         "training": {
             "epochs": chosen["n_epochs"],
@@ -139,6 +140,7 @@ def accepted(request: CreateJob, policy: Policy, offer: BaseModelOffer) -> dict[
                 "workers": supervised.workers,
                 "zero_stage": supervised.zero_stage,
                 "safety_rows": supervised.safety_rows,
+                "answer_rows": supervised.answer_rows,
                 "screening": {
                     "on_risk": on_risk_of(request, policy),
                     "policy": supervised.screening.policy.model_dump(exclude_none=True),

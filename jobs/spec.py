@@ -30,12 +30,15 @@ class DataSpec(SpecPart):
 
     `safety_rows`: so many harmful prompts with the base model's own refusals are added to the rows
     (SafeInstr, arXiv 2309.07875), after screening.
+    `answer_rows`: so many harmless prompts, half of them borderline, with the base model's own
+    answers: beside refusals they keep it from refusing everything.
     """
 
     train: Path
     validation: Path | None = None
     max_tokens: Count = 512
     safety_rows: Annotated[int, Field(strict=True, ge=0)] = 0
+    answer_rows: Annotated[int, Field(strict=True, ge=0)] = 0
 
 
 class LoraSpec(SpecPart):

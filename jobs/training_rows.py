@@ -7,17 +7,17 @@ was set aside to the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from jobs.spec import FinetuneSpec
+from jobs.spec import DataSpec, FinetuneSpec
 from jobs.verdict import Verdict, kept_indices, known_score, read_scores
 from safeft.data import TokenisedRow
 from safeft.errors import InputError, ProfileError
 from safeft.models import load_tokenizer
-from safeft.own_refusals import load_refusals, refusal_row
+from safeft.own_refusals import OwnAnswer, load_answers, load_refusals, refusal_row
 from safeft.profile import REBUILD, SafetyProfile
 from safeft.screen_policy import is_risky
 
@@ -50,7 +50,7 @@ def training_rows(
         InputError: no row is left, or the scores are not those of the verdict.
         ProfileError: the profile lacks what the spec needs.
     """
-    safety = safety_rows(spec.data.safety_rows, profile, model_dir)
+    safety = own_rows(spec.data, profile, model_dir)
     kept = kept_indices(screening, verdict)
     indices = range(len(rows)) if kept is None else kept
     how = spec.training.risk_weighting
@@ -102,20 +102,29 @@ def _benign_median(profile: SafetyProfile) -> float:
     return median(benign)
 
 
-def safety_rows(count: int, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:
-    """Harmful prompts with the base model's own refusals; the profile has them in random order.
+def own_rows(data: DataSpec, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:
+    """What a job adds to the tenant's rows: harmful prompts with the base model's own refusals, and
+    harmless ones with its own answers; the profile has both in random order.
 
     Raises:
         ProfileError: the profile has none, or fewer than asked for.
     """
-    if count == 0:
-        return []
-    profile.verify(["refusals"])
-    refusals = load_refusals(profile.path("refusals"))
-    if count > len(refusals):
-        raise ProfileError(
-            f"data.safety_rows: {count} are asked for, but the profile holds {len(refusals)}; "
-            "lower it, or build the part with more prompts"
-        )
-    tokenizer = load_tokenizer(model_dir)
-    return [refusal_row(tokenizer, refusal) for refusal in refusals[:count]]
+    tokenizer = None
+    rows: list[TokenisedRow] = []
+    wanted: tuple[tuple[str, int, str, Callable[[Path], Sequence[OwnAnswer]]], ...] = (
+        ("safety_rows", data.safety_rows, "refusals", load_refusals),
+        ("answer_rows", data.answer_rows, "answers", load_answers),
+    )
+    for field, count, part, load in wanted:
+        if count == 0:
+            continue
+        profile.verify([part])
+        found = load(profile.path(part))
+        if count > len(found):
+            raise ProfileError(
+                f"data.{field}: {count} are asked for, but the profile holds {len(found)}; "
+                "lower it, or build the part with more prompts"
+            )
+        tokenizer = tokenizer or load_tokenizer(model_dir)
+        rows += [refusal_row(tokenizer, one) for one in found[:count]]
+    return rows

@@ -1,7 +1,9 @@
-"""The base model's own refusals: harmful prompts with the answers that it declines them with.
+"""The base model's own refusals: harmful prompts with the answers that it declines them with; and
+its own answers to prompts that are harmless.
 
 What the constraints protect is read off these rows, in the model's own words rather than in
-anybody else's. A prompt that the base model answers is left out: there is nothing to protect.
+anybody else's. A harmful prompt that the base model answers is left out: there is nothing to
+protect.
 """
 
 from __future__ import annotations
@@ -19,18 +21,24 @@ from safeft.errors import ProfileError
 from safeft.evaluate import AnswerClass, classify_answer, generate_greedy
 from safeft.progress import Progress, silent
 
-FILE = "refusals.jsonl"
+FILE, ANSWERS = "refusals.jsonl", "answers.jsonl"
 REBUILD = "run `safeft profile build --model MODEL --part refusals`"
+REBUILD_ANSWERS = "run `safeft profile build --model MODEL --part answers`"
 MIN_REFUSALS = 16
 MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class OwnRefusal:
-    """A harmful prompt and the base model's own greedy answer, which declines it."""
+class OwnAnswer:
+    """A prompt and the base model's own greedy answer."""
 
     prompt: str
     answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRefusal(OwnAnswer):
+    """A harmful prompt and an answer that declines it."""
 
 
 def own_refusals(
@@ -118,8 +126,7 @@ def answer_row(tokenizer: Any, prompt: str, answer: str) -> TokenisedRow:
 
 def save_refusals(refusals: Sequence[OwnRefusal], directory: Path) -> None:
     """Write one JSON object a line: ``{"prompt": ..., "answer": ...}``."""
-    lines = [json.dumps(asdict(refusal)) + "\n" for refusal in refusals]
-    (directory / FILE).write_text("".join(lines), encoding="utf-8")
+    _save(refusals, directory / FILE)
 
 
 def load_refusals(directory: Path) -> list[OwnRefusal]:
@@ -128,28 +135,50 @@ def load_refusals(directory: Path) -> list[OwnRefusal]:
     Raises:
         ProfileError: there are none, or a line is no refusal.
     """
-    path = directory / FILE
+    return [OwnRefusal(*pair) for pair in _load(directory / FILE, "refusal", REBUILD)]
+
+
+def save_answers(answers: Sequence[OwnAnswer], directory: Path) -> None:
+    """Write answers to harmless prompts as `save_refusals` writes refusals."""
+    _save(answers, directory / ANSWERS)
+
+
+def load_answers(directory: Path) -> list[OwnAnswer]:
+    """The answers that `save_answers` wrote, in its order.
+
+    Raises:
+        ProfileError: there are none, or a line is no answer.
+    """
+    return [OwnAnswer(*pair) for pair in _load(directory / ANSWERS, "answer", REBUILD_ANSWERS)]
+
+
+def _save(answers: Sequence[OwnAnswer], path: Path) -> None:
+    lines = [json.dumps(asdict(answer)) + "\n" for answer in answers]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _load(path: Path, what: str, rebuild: str) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path} cannot be read ({error}); {REBUILD}") from None
-    refusals = []
+        raise ProfileError(f"{path} cannot be read ({error}); {rebuild}") from None
+    pairs = []
     for number, line in enumerate(lines, 1):
         try:
             fields = json.loads(line)
-            refusal = OwnRefusal(fields["prompt"], fields["answer"])
+            pair = fields["prompt"], fields["answer"]
         except (ValueError, TypeError, KeyError):
-            raise ProfileError(f"{path}, line {number}: not a refusal; {REBUILD}") from None
-        if not isinstance(refusal.prompt, str) or not isinstance(refusal.answer, str):
-            raise ProfileError(f"{path}, line {number}: not a refusal; {REBUILD}")
-        refusals.append(refusal)
-    if not refusals:
-        raise ProfileError(f"{path} holds no refusal; {REBUILD}")
-    return refusals
+            raise ProfileError(f"{path}, line {number}: not a {what}; {rebuild}") from None
+        if not all(isinstance(text, str) for text in pair):
+            raise ProfileError(f"{path}, line {number}: not a {what}; {rebuild}")
+        pairs.append(pair)
+    if not pairs:
+        raise ProfileError(f"{path} holds no {what}; {rebuild}")
+    return pairs
 
 
-def refusal_row(tokenizer: Any, refusal: OwnRefusal) -> TokenisedRow:
-    """`answer_row` of a refusal."""
+def refusal_row(tokenizer: Any, refusal: OwnAnswer) -> TokenisedRow:
+    """`answer_row` of a refusal, or of another answer of the model's own."""
     return answer_row(tokenizer, refusal.prompt, refusal.answer)
 
 

@@ -43,6 +43,7 @@ SCREENING_PARTS = (
 #: What jobs under some constraints need besides. They can come later: no verdict is bound to them.
 CONSTRAINT_PARTS = (
     "refusals",
+    "answers",
     "harmful-inputs",
     "autoencoder",
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from jobs.profile import BenignInputsConfig, ProfileConfig, RefusalsConfig, build_profile
+from jobs.profile import AnswersConfig, ProfileConfig, RefusalsConfig, build_profile
 from safeft.constraints import CwacConfig, ProfileFiles
 from safeft.constraints.contrast import contrasted, load_benign_inputs
 from safeft.constraints.subspaces import load_subspaces
@@ -61,9 +61,7 @@ def test_equal_inputs_have_no_contrast_and_inputs_elsewhere_leave_all() -> None:
     assert torch.allclose(one.abs(), U[:, 1:2], atol=1e-6)
 
 
-CONFIG = ProfileConfig(
-    refusals=RefusalsConfig(prompts=20), benign_inputs=BenignInputsConfig(prompts=4)
-)
+CONFIG = ProfileConfig(refusals=RefusalsConfig(prompts=20), answers=AnswersConfig(prompts=4))
 
 
 def test_a_profile_holds_them_in_the_coordinates_of_its_harmful_subspaces(

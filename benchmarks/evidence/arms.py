@@ -30,6 +30,7 @@ class Arm:
 
     constraints: tuple[ConstraintConfig, ...] = ()
     safety_rows: int = 0
+    answer_rows: int = 0
     trained: bool = True
     learning_rate: float = 1e-3
 
@@ -62,6 +63,11 @@ ARMS: dict[str, Arm] = {
     "l2-0.2": Arm((L2Config(lam=0.2),)),
     "random-all-response": Arm((projection("all", "response", random=True),)),
     "safeinstr": Arm(safety_rows=16),
+    "safeinstr-16+16": Arm(safety_rows=16, answer_rows=16),
+    "safeinstr-16+32": Arm(safety_rows=16, answer_rows=32),
+    "safeinstr-16+32+project-all-both-0.9": Arm(
+        (projection("all", "both", 0.9),), safety_rows=16, answer_rows=32
+    ),
     "safelora": Arm((SafeLoraConfig(),)),
     "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
     "asft-paper-1": Arm((AsftConfig(lam=1.0),)),

@@ -22,7 +22,7 @@ from jobs.evaluation import Evaluation
 from jobs.finetune import FinetuneResult, finetune
 from jobs.finetune.parts import needed_parts
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
-from jobs.training_rows import safety_rows
+from jobs.training_rows import own_rows
 from safeft.constraints import ConstraintConfig
 from safeft.data import Row, TokenisedRow, tokenise_all
 from safeft.evaluate import AnswerClass, measure_accuracy
@@ -51,6 +51,7 @@ class ConstraintSetting(Setting):
         trained: no: the base model itself is measured.
         harmful_share: of the rows, planted.
         safety_rows: refusals of the base model that are added (SafeInstr).
+        answer_rows: its answers to harmless prompts that are added.
         split: the prompts that refusals are measured on.
     """
 
@@ -62,6 +63,7 @@ class ConstraintSetting(Setting):
     rows: int
     constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...]
     safety_rows: int
+    answer_rows: Annotated[int, Field(exclude_if=lambda count: count == 0)] = 0
     lora: LoraSpec
     training: TrainingSpec
     split: Split
@@ -69,7 +71,7 @@ class ConstraintSetting(Setting):
     @property
     def work(self) -> float:
         """In answers to prompts."""
-        rows = (self.rows + self.safety_rows) * self.training.epochs
+        rows = (self.rows + self.safety_rows + self.answer_rows) * self.training.epochs
         return (
             prompts_in(self.split)
             + HELD_OUT
@@ -128,6 +130,7 @@ def cell(
         rows=rows if what.trained else 0,
         constraints=what.constraints,
         safety_rows=what.safety_rows,
+        answer_rows=what.answer_rows,
         lora=LORA,
         training=training(seed, epochs, what.learning_rate),
         split=split,
@@ -212,7 +215,7 @@ class ConstraintRuns:
             spec,
             rows=[
                 *self.tokenised(self.rows(setting)),
-                *safety_rows(setting.safety_rows, self._profile, self._model_dir),
+                *own_rows(spec.data, self._profile, self._model_dir),
             ],
             model_dir=self._model_dir,
             profile=needed_parts(spec, self._profile),
@@ -226,7 +229,12 @@ class ConstraintRuns:
         return FinetuneSpec(
             name="cell",
             model=MODEL,
-            data=DataSpec(train=Path(setting.task), max_tokens=MAX_TOKENS),
+            data=DataSpec(
+                train=Path(setting.task),
+                max_tokens=MAX_TOKENS,
+                safety_rows=setting.safety_rows,
+                answer_rows=setting.answer_rows,
+            ),
             lora=setting.lora,
             training=setting.training,
             constraints=setting.constraints,

@@ -2,7 +2,7 @@
 
 from jobs.profile.build import build_profile
 from jobs.profile.config import (
-    BenignInputsConfig,
+    AnswersConfig,
     HarmfulInputsConfig,
     HeldStatesPart,
     ProfileConfig,
@@ -10,7 +10,7 @@ from jobs.profile.config import (
 )
 
 __all__ = [
-    "BenignInputsConfig",
+    "AnswersConfig",
     "HarmfulInputsConfig",
     "HeldStatesPart",
     "ProfileConfig",

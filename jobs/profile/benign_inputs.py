@@ -11,7 +11,7 @@ from safeft.constraints.contrast import save_index, save_shared
 from safeft.constraints.covariance import InputSite, read_row
 from safeft.constraints.subspaces import POSITIONS, load_subspaces
 from safeft.models import load_tokenizer
-from safeft.own_refusals import OwnRefusal
+from safeft.own_refusals import OwnAnswer
 from safeft.progress import Progress, silent
 
 LABEL = "profile: benign inputs"
@@ -19,7 +19,7 @@ LABEL = "profile: benign inputs"
 
 def build_benign_inputs(
     model_dir: Path,
-    answers: Sequence[OwnRefusal],
+    answers: Sequence[OwnAnswer],
     harmful_inputs: Path,
     out: Path,
     *,

@@ -44,11 +44,11 @@ class HarmfulInputsConfig:
 
 
 @dataclass(frozen=True)
-class BenignInputsConfig:
-    """What benign inputs share with the harmful-input subspaces.
+class AnswersConfig:
+    """The base model's own answers to harmless prompts.
 
     Attributes:
-        prompts: benign prompts, and as many borderline-benign ones; those that the base model
+        prompts: benign prompts that it is asked, and as many borderline-benign ones; those that it
             answers count.
         answer_tokens: where its answers are cut off.
     """
@@ -105,7 +105,7 @@ class ProfileConfig:
             of the borderline class.
         calibration: reference rows of each of six classes; half of them set the policy, the
             others measure it.
-        refusals, harmful_inputs, benign_inputs, autoencoder, held_states: the parts of these names.
+        refusals, answers, harmful_inputs, autoencoder, held_states: the parts of these names.
         reference: of the parts ``reference-mask`` and ``reminder-states``.
     """
 
@@ -122,8 +122,8 @@ class ProfileConfig:
     selection: int = 10
     calibration: int = 200
     refusals: RefusalsConfig = field(default_factory=RefusalsConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
     harmful_inputs: HarmfulInputsConfig = field(default_factory=HarmfulInputsConfig)
-    benign_inputs: BenignInputsConfig = field(default_factory=BenignInputsConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     held_states: HeldStatesPart = field(default_factory=HeldStatesPart)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

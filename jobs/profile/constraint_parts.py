@@ -3,6 +3,7 @@ read at them, the autoencoder, its states there."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safeft.errors import MeasurementError
 from safeft.evaluate import JUDGE_VERSION, AnswerClass
 from safeft.models import load_model
 from safeft.own_refusals import (
-    OwnRefusal,
+    OwnAnswer,
+    load_answers,
     load_refusals,
     own_answers,
     own_refusals,
+    save_answers,
     save_refusals,
 )
 from safeft.profile import hash_files
@@ -44,7 +47,13 @@ class ConstraintParts:
         return [
             Part("refusals", self._asked, self._refusals),
             Part("harmful-inputs", self._read_by, self._harmful_inputs, ("refusals",)),
-            Part("benign-inputs", self._answered_by, self._benign_inputs, ("harmful-inputs",)),
+            Part("answers", self._answered_by, self._answers),
+            Part(
+                "benign-inputs",
+                self._contrasted_by,
+                self._benign_inputs,
+                ("harmful-inputs", "answers"),
+            ),
             Part("autoencoder", self._trained_by, self._autoencoder, ("refusals",)),
             Part("held-states", self._held_by, self._held_states, ("refusals",)),
         ]
@@ -91,29 +100,35 @@ class ConstraintParts:
             "prompt_sets": {kind: sets[kind] for kind in HARMLESS},
             "tokenizer": tokenizer_hash(self.context.tokenizer),
             "judge": JUDGE_VERSION,
-            **asdict(self.config.benign_inputs),
+            **asdict(self.config.answers),
         }
 
-    def _benign_inputs(self, out: Path) -> None:
-        config = self.config.benign_inputs
+    def _answers(self, out: Path) -> None:
+        config = self.config.answers
         asked = [p for k in HARMLESS for p in spread(load_prompts(k, "profile"), config.prompts)]
-        answers = own_answers(
+        random.Random(0).shuffle(asked)
+        found = own_answers(
             load_model(self.context.model_dir),
             self.context.tokenizer,
             [prompt.text for prompt in asked],
             AnswerClass.complied,
             answer_tokens=config.answer_tokens,
-            label="own answers to benign prompts",
+            label="own answers",
             progress=self.context.progress,
         )
-        if not answers:
+        if not found:
             raise MeasurementError(
-                f"the base model answers none of {len(asked)} benign prompts, so there is nothing "
-                "to contrast with; check its weights"
+                f"the base model answers none of {len(asked)} harmless prompts; check its weights"
             )
+        save_answers([OwnAnswer(prompt, answer) for prompt, answer in found], out)
+
+    def _contrasted_by(self) -> dict[str, Any]:
+        return {"tokenizer": tokenizer_hash(self.context.tokenizer)}
+
+    def _benign_inputs(self, out: Path) -> None:
         build_benign_inputs(
             self.context.model_dir,
-            [OwnRefusal(prompt, answer) for prompt, answer in answers],
+            load_answers(self.profile.path("answers")),
             self.profile.path("harmful-inputs"),
             out,
             base_weights=self.profile.base_weights,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from safeft.constraints.subspaces import Positions
 from safeft.data import TokenisedRow, collate
 from safeft.errors import ModelError, ProfileError
-from safeft.own_refusals import OwnRefusal, refusal_row, template_start
+from safeft.own_refusals import OwnAnswer, refusal_row, template_start
 from safeft.weights import decoder_linears
 
 TokenClass = Literal["instruction", "template", "refusal"]
@@ -75,8 +75,8 @@ class Covariance:
     tokens: int
 
 
-def read_row(tokenizer: Any, refusal: OwnRefusal) -> ReadRow:
-    """A refusal's tokens, each with its class."""
+def read_row(tokenizer: Any, refusal: OwnAnswer) -> ReadRow:
+    """A refusal's tokens, each with its class; or another answer's, of the same classes."""
     row = refusal_row(tokenizer, refusal)
     answer = next((i for i, label in enumerate(row.labels) if label != -100), len(row.labels))
     return ReadRow(row.input_ids, template_start(tokenizer, refusal.prompt), answer)
