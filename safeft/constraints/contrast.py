@@ -2,9 +2,10 @@
 
 A projection that keeps an update out of everything that a layer reads while the model refuses also
 keeps it out of what every answer needs. With H and B the mean of ``x·xᵀ`` over harmful and benign
-inputs, both in the coordinates of the harmful subspace U, the generalised eigenvectors ``H·v =
-μ·B·v`` are the directions that differ most; kept is the span of those that harmful inputs use at
-least ``contrast`` times as much, ``vᵀHv ≥ contrast · vᵀBv``.
+inputs, both in the coordinates of the harmful subspace U, a row a of an update changes the outputs
+on them by ``aᵀHa`` and ``aᵀBa``. The generalised eigenvectors ``H·v = μ·B·v`` sort U by the ratio
+of the two: the span of those with ``μ < contrast`` is left free, so that every free row of U has
+``aᵀHa < contrast · aᵀBa``. Held is its orthogonal complement, the span of ``H·v`` of the others.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ _REBUILD = "rebuild it with `safeft profile build --model MODEL --part benign-in
 
 
 def contrasted(U: Tensor, harmful: Tensor, benign: Tensor, contrast: float) -> Tensor:
-    """The part of a harmful subspace that benign inputs use less.
+    """The part of a harmful subspace that an update has to stay out of, where benign inputs count.
 
     Args:
         U: ``(d_in, k)``, orthonormal columns, eigenvectors of the harmful inputs' covariance.
         harmful: ``(k,)``, their eigenvalues over the number of tokens, positive.
         benign: ``(k, k)``, the benign inputs' covariance in U's coordinates, likewise.
-        contrast: how many times as much harmful inputs must use a direction.
+        contrast: an update may change outputs on harmful inputs at most so many times as much as
+            on benign ones.
 
     Returns:
         ``(d_in, m)`` fp32, m <= k, orthonormal columns.
@@ -42,8 +44,8 @@ def contrasted(U: Tensor, harmful: Tensor, benign: Tensor, contrast: float) -> T
     scale = harmful.double().rsqrt()
     whitened = scale[:, None] * benign.double() * scale  # its eigenvalues are 1/μ
     shares, vectors = torch.linalg.eigh(whitened)
-    kept = scale[:, None] * vectors[:, shares * contrast <= 1.0]
-    Q, _ = torch.linalg.qr(kept)
+    held = vectors[:, shares * contrast <= 1.0] / scale[:, None]  # H·v of whitened eigenvectors
+    Q, _ = torch.linalg.qr(held)
     basis: Tensor = (U.double() @ Q).float().contiguous()
     return basis
 

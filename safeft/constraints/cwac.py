@@ -37,8 +37,8 @@ class CwacConfig:
             produced, or both.
         energy: share of the inputs' squared norm that U holds.
         rank: U has at most so many columns.
-        contrast: of U only directions that harmful inputs use at least so many times as much as
-            benign ones; None: all of U (the paper).
+        contrast: of U is left free what changes outputs on harmful inputs less than so many times
+            as much as on benign ones; None: nothing (the paper).
         project: ``update``: ΔW itself after each step; ``gradient``: as published, which Adam
             undoes in part. Under LoRA both act on A, and A starts outside U.
         lam: λ of the activation side.
@@ -69,6 +69,12 @@ class CwacConfig:
                 raise ValueError(f"{field} must be at least 1, not {value}")
         if self.contrast is not None and not 0 < self.contrast < math.inf:
             raise ValueError(f"contrast must be positive and finite, not {self.contrast}")
+        if self.contrast is not None and self.mode == "activation_only":
+            raise ValueError("contrast is of the weight side; choose another mode, or leave it out")
+        for field in ("lam", "harmful_batch"):
+            default = type(self).__dataclass_fields__[field].default
+            if self.mode == "weight_only" and getattr(self, field) != default:
+                raise ValueError(f"{field} is of the activation side: it needs mode: both")
 
     @classmethod
     def as_published(cls, **changes: Any) -> CwacConfig:
@@ -149,6 +155,10 @@ class Cwac(Constraint):
                     "another model"
                 )
             self._bases[name] = U
+        if not any(U.shape[1] for U in self._bases.values()):
+            raise ProfileError(
+                f"constraint {self.name}: no direction is left to hold in any layer; lower contrast"
+            )
 
     def update_bases(self) -> Mapping[str, Tensor]:
         return self._bases if self._config.project == "update" else {}
