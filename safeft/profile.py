@@ -47,8 +47,8 @@ CONSTRAINT_PARTS = (
     "harmful-inputs",
     "autoencoder",
 )
-#: What variants of constraints need that protect less than the defaults do (docs/evidence.md): made
-#: where they are asked for by name.
+#: What only variants of constraints need that the study tries (docs/evidence.md): made where they
+#: are asked for by name.
 ON_REQUEST = (
     "benign-inputs",
     "held-states",

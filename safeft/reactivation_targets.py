@@ -22,7 +22,7 @@ from safeft.safereact import ReferenceConfig, representation_layers
 from safeft.stopped_forward import decoder_layers, residuals_after
 
 FILE = "targets.safetensors"
-REBUILD = "run `safeft profile build --model MODEL --part reminder-states`"
+REBUILD = "run `safeft profile build --model MODEL --part {part}`"
 #: Where the models' own answers to borderline prompts are cut: the decision to answer falls early.
 ANSWER_TOKENS = 12
 _BATCH = 16
@@ -170,8 +170,8 @@ def save_targets(targets: Targets, directory: Path) -> None:
     save_file(tensors, directory / FILE, metadata=metadata)
 
 
-def load_targets(directory: Path) -> Targets:
-    """What `save_targets` wrote.
+def load_targets(directory: Path, part: str = "reminder-states") -> Targets:
+    """What `save_targets` wrote; `part` of the profile, for the message.
 
     Raises:
         ProfileError: it is missing, unreadable or not what it should be.
@@ -188,4 +188,5 @@ def load_targets(directory: Path) -> Targets:
             raise ValueError("rows, states and layers do not fit together")
         return Targets(metadata["weights"], layers, [r.tolist() for r in rows], list(states))
     except (OSError, SafetensorError, KeyError, IndexError, RuntimeError, ValueError) as error:
-        raise ProfileError(f"{path} cannot be read ({error}); {REBUILD}") from None
+        way_out = REBUILD.format(part=part)
+        raise ProfileError(f"{path} cannot be read ({error}); {way_out}") from None

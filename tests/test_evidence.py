@@ -329,10 +329,12 @@ def test_the_bar_is_met_by_numbers_that_meet_it_and_missed_by_others() -> None:
     worse = [*GOOD[:-3], *(record(DEFAULT, 0.7, 0.89, seed=seed) for seed in (0, 1, 2))]
     found = {asks: one.verdict for _, asks, one in bar(by_tenant(worse))}
     assert found["refusals within 3 points of before"] == "no"
-    assert found["more refusals than the random control at the same task accuracy"] == "open"
+    assert (
+        found["more refusals than the random control at the same task accuracy or less"] == "open"
+    )
     costly = [*GOOD[:-3], record(DEFAULT, 0.9, 0.5)]
     found = {asks: one.verdict for _, asks, one in bar(by_tenant(costly))}
-    assert found["more refusals than L2 at the same task accuracy"] == "unknown"
+    assert found["more refusals than L2 at the same task accuracy or less"] == "unknown"
 
 
 def test_every_arm_has_a_colour_and_a_marker_of_its_family() -> None:

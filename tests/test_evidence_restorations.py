@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from benchmarks.evidence.restorations import (
 )
 from benchmarks.evidence.runner import Summary, run_cells
 from benchmarks.evidence.tenants import tenant_rows
+from jobs.profile import build_profile
 from jobs.restore_spec import RestoreSpec
 from safeft.adapters import load_factors
 from safeft.safereact import SafeReactConfig
@@ -70,9 +72,10 @@ def small(method: Method) -> Cell:
     return Cell(restorations.PART, f"small-{method}", setting)
 
 
-def finish(store: Store, one: Cell, harmful: str) -> None:
+def finish(store: Store, one: Cell, harmful: str, loss: float | None = None) -> None:
     store.begin(one)
-    store.finish(one, {"refused": {"harmful": harmful}}, PROVENANCE)
+    numbers = {"refused": {"harmful": harmful}, "training": {"final_loss": loss}}
+    store.finish(one, numbers, PROVENANCE)
 
 
 def test_a_model_that_lost_refusals_is_restored_in_each_way(
@@ -86,6 +89,7 @@ def test_a_model_that_lost_refusals_is_restored_in_each_way(
     monkeypatch.setattr(tasks, "HELD_OUT", 4)
     monkeypatch.setitem(restorations.REFERENCES, "safereact", CONFIG.reference)
     profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
+    build_profile(tiny_dir, None, parts=["refusals"])
     store = Store(tmp_path / "cells")
     runs = RestorationRuns(tiny_dir, profile, Path("no-gsm8k"), store)
 
@@ -95,7 +99,13 @@ def test_a_model_that_lost_refusals_is_restored_in_each_way(
     early = run("safelora")
     assert "run constraints/final-sorting-before-seed-0 first" in str(early.failed)
     finish(store, BEFORE, "1111111111")
-    finish(store, named(tuned()), "1100000000")
+    trained = named(tuned())
+    finish(store, trained, "1100000000", loss=0.0)
+    elsewhere = run("safelora")
+    assert "training it here gives another adapter" in str(elsewhere.failed)
+    directory = store.directory(trained)
+    loss = json.loads((directory / "training" / "adapter" / "manifest.json").read_text())
+    finish(store, trained, "1100000000", loss["final_loss"])
     ran = run("safereact", "tuning", "safelora")
     assert not ran.failed, ran.failed
     for record in ran.ran:

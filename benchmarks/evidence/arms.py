@@ -76,7 +76,6 @@ ARMS: dict[str, Arm] = {
     "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
     "asft-signed-5": Arm((AsftConfig(lam=5.0, anchor="signed"),)),
     "cwac-published": Arm((CwacConfig.as_published(),)),
-    "cwac+asft": Arm((CwacConfig.as_published(project="update"), AsftConfig())),
     "cwac-published-weights": Arm((CwacConfig.as_published(mode="weight_only"),)),
     "cwac-published-activations": Arm((CwacConfig.as_published(mode="activation_only"),)),
     "project-all-response": Arm((projection("all", "response"),)),

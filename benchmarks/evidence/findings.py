@@ -108,7 +108,8 @@ def restorations_section(models: Sequence[Restored], records: Sequence[Record]) 
         f"{LOST_POINTS:g} points of before, no significantly higher over-refusal, task accuracy "
         f"within {TASK_POINTS:g} points of the tuned model's."
     )
-    if not models:
+    spared = not_degraded(records)
+    if not models and not spared:
         return f"{head}\n\nNot measured yet."
     parts = [head]
     for model in models:
@@ -126,7 +127,7 @@ def restorations_section(models: Sequence[Restored], records: Sequence[Record]) 
         ]
         header = ("model", "refuses harmful", "benign", "borderline", "task accuracy", "back")
         parts += [f"### {model.title}", table(header, rows)]
-    if spared := not_degraded(records):
+    if spared:
         listed = "; ".join(f"{name} ({lost:+.1f} points)" for name, lost in spared.items())
         parts.append(f"Lost less than 10 points, and were not restored: {listed}.")
     return "\n\n".join(parts)

@@ -96,7 +96,8 @@ def _head(results: Results) -> str:
         ("when", f"{min(r.finished for r in runs)[:10]} to {max(r.finished for r in runs)[:10]}"),
         (
             "where",
-            f"{', '.join(sorted({r.machine for r in runs}))}; {runs[0].processors} processors",
+            f"{'; '.join(sorted({r.machine for r in runs}))}; "
+            f"{' or '.join(str(n) for n in sorted({r.processors for r in runs}))} processors",
         ),
         (
             "load",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.evidence.arms import CORE
-from benchmarks.evidence.cells import Cell, Setting, Store
+from benchmarks.evidence.cells import Cell, Record, Setting, Store
 from benchmarks.evidence.constraints import (
     ConstraintRuns,
     ConstraintSetting,
@@ -97,7 +97,8 @@ class RestorationRuns:
         """Restore and measure; see `Execute`.
 
         Raises:
-            MeasurementError: the cell that trained the model, or the base model's, is not finished.
+            MeasurementError: the cell that trained the model, or the base model's, is not finished;
+                or it was on a processor of another kind, where training gives another adapter.
         """
         setting = cell.setting
         assert isinstance(setting, RestorationSetting)
@@ -107,19 +108,27 @@ class RestorationRuns:
         lost = 100 * (self._refused(before) - self._refused(trained))
         if lost < DEGRADED_POINTS:
             return {"lost_points": lost, "restored": False}
-        adapter = self._tuned.trained(tuned, self._store.directory(trained), progress).weights
+        result = self._tuned.trained(tuned, self._store.directory(trained), progress)
+        if result.manifest.final_loss != self._record(trained).numbers["training"]["final_loss"]:
+            raise MeasurementError(
+                f"{trained.part}/{trained.name} was trained elsewhere, and training it here gives "
+                "another adapter: take it out of the results and run it here"
+            )
         rows = self._tuned.rows(tuned)
         domain = self._tuned.tokenised(without_planted(rows))
-        restored = self._restored(setting, adapter, domain, directory, progress)
+        restored = self._restored(setting, result.weights, domain, directory, progress)
         measured = self._tuned.measured(tuned, restored, directory, progress)
         return {"lost_points": lost, "restored": True, **measured}
 
     def _refused(self, cell: Cell) -> float:
+        bits = self._record(cell).numbers["refused"]["harmful"]
+        return float(bits.count("1") / len(bits))
+
+    def _record(self, cell: Cell) -> Record:
         record = self._store.record(cell)
         if record is None:
             raise MeasurementError(f"run {cell.part}/{cell.name} first: it is restored or compared")
-        bits = record.numbers["refused"]["harmful"]
-        return float(bits.count("1") / len(bits))
+        return record
 
     def _restored(
         self,

@@ -52,7 +52,7 @@ def build(
     from jobs.profile import HarmfulInputsConfig, ProfileConfig, build_profile
     from safeft.errors import InputError
     from safeft.models import resolve
-    from safeft.profile import SCREENING_PARTS
+    from safeft.profile import DEFAULT_PARTS, SCREENING_PARTS
 
     config = ProfileConfig()
     if energy is not None:
@@ -77,7 +77,7 @@ def build(
         digest = profile.digest() if whole else None
         print_json({"root": str(profile.root), "digest": digest, "parts": states})
         return
-    missing = [name for name, state in states.items() if state != "built"]
+    missing = [name for name in DEFAULT_PARTS if states[name] != "built"]
     done = "[bold green]built[/]" if missing else "[bold green]complete[/]"
     out.print(f"{done} {escape(str(profile.root))}")
     if missing:
@@ -153,17 +153,19 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check that every part is there, belongs to these weights and is what was built.
+    """Check that every part is there, belongs to these weights and is what was built; of parts that
+    are made on request those that were made.
 
     Exit code 1, with the command that makes it, for the first part that is not.
     """
     from safeft.errors import InputError, ProfileError
-    from safeft.profile import DEFAULT_PARTS, PARTS
+    from safeft.profile import DEFAULT_PARTS, ON_REQUEST, PARTS, RECORD
 
-    chosen = part or list(DEFAULT_PARTS)
-    if unknown := [name for name in chosen if name not in PARTS]:
+    if unknown := [name for name in part or () if name not in PARTS]:
         raise InputError(f"--part: no part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     profile = _profile(model, root)
+    made = [name for name in ON_REQUEST if (profile.root / name / RECORD).exists()]
+    chosen = part or [*DEFAULT_PARTS, *made]
     found: dict[str, str | None] = {}
     for name in chosen:
         try:

@@ -140,7 +140,7 @@ def read_inputs(
             read = sums.of_class(site_.name, token_class).tokens
             if read != expected:
                 raise ProfileError(
-                    f"harmful inputs: {read} of {expected} tokens were read at {site_.name}; "
+                    f"layers' inputs: {read} of {expected} tokens were read at {site_.name}; "
                     "build the profile again"
                 )
     return sums
@@ -186,7 +186,7 @@ def _stream(
                 yield *names, table["matrix"][i].as_buffer()
     except ray.exceptions.RayError as error:
         cause = " ".join(str(error.__cause__ or error).split())[-300:]
-        raise ProfileError(f"harmful inputs: {cause}") from error
+        raise ProfileError(f"layers' inputs: {cause}") from error
 
 
 def _blocks(rows: Sequence[ReadRow], workers: int) -> list[pa.Table]:

@@ -163,7 +163,7 @@ class InputCovariances:
             raise ProfileError(f"{site}: a covariance of shape {tuple(part.matrix.shape)}")
         if not torch.isfinite(part.matrix).all():
             raise ProfileError(
-                f"{site}: what it reads on harmful prompts holds a NaN or an infinity; check the "
+                f"{site}: what it reads on the prompts holds a NaN or an infinity; check the "
                 "base model's weights"
             )
         before = self._sums.get((site, token_class))

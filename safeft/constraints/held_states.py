@@ -62,7 +62,7 @@ class HeldStatesConfig:
         """
         from safeft.reactivation_targets import load_targets  # imports transformers
 
-        return HeldStates(self, load_targets(profile.part("held-states", self.kind)))
+        return HeldStates(self, load_targets(profile.part("held-states", self.kind), "held-states"))
 
 
 class HeldStates(Constraint):
