@@ -89,6 +89,7 @@ ARMS: dict[str, Arm] = {
     "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
     "project-all-both+activations": Arm((CwacConfig(mode="both"),)),
     "project-contrast-1": Arm((contrast(1.0),)),
+    "asft-0.1+project-contrast-1": Arm((AsftConfig(lam=0.1), contrast(1.0))),
     "project-contrast-0.5": Arm((contrast(0.5),)),
     "plain-3e-4": Arm(learning_rate=3e-4),
     "random-all-both-3e-4": Arm((projection("all", "both", random=True),), learning_rate=3e-4),
@@ -119,8 +120,9 @@ FINALISTS = (
     "l2-5",
     "random-all-both",
     "random-all-both-3e-4",
+    "project-contrast-1",
+    "project-contrast-0.5",
     "safeinstr",
-    "project-all-both-0.9",
 )
 #: At the other shares, and where every row asks for obedience.
 CORE = ("plain", "l2-5", "random-all-both", "project-all-both")
