@@ -68,6 +68,7 @@ ARMS: dict[str, Arm] = {
     "safeinstr-16+32+project-all-both-0.9": Arm(
         (projection("all", "both", 0.9),), safety_rows=16, answer_rows=32
     ),
+    "safeinstr-16+32+project-contrast-1": Arm((contrast(1.0),), safety_rows=16, answer_rows=32),
     "safelora": Arm((SafeLoraConfig(),)),
     "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
     "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
@@ -121,6 +122,8 @@ FINALISTS = (
     "random-all-both",
     "random-all-both-3e-4",
     "project-contrast-1",
+    "safeinstr-16+32+project-contrast-1",
+    "safeinstr-16+32",
     "project-contrast-0.5",
     "safeinstr",
 )
