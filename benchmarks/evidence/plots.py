@@ -1,4 +1,4 @@
-"""Frontiers: refusals against task accuracy, an arm a point."""
+"""Frontiers: refusals against task accuracy, an arm a point, hollow where it refuses too much."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.results import Arms, Tenant
+from benchmarks.evidence.claims import HARMLESS
+from benchmarks.evidence.results import BEFORE, ArmResult, Arms, Tenant
 
 #: Okabe and Ito's colours, and markers of the families; told apart without colours too.
 FAMILIES: Mapping[str, tuple[str, str]] = {
@@ -26,11 +27,18 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
 _SETTINGS = {"svg.hashsalt": "safeft", "svg.fonttype": "none", "font.size": 8.0}
 
 
+def _refuses_too_much(arm: ArmResult, arms: Arms) -> bool:
+    before = arms.get(BEFORE)
+    return before is not None and any(arm.against(before, kind).higher for kind in HARMLESS)
+
+
 def frontier(tenant: Tenant, arms: Arms) -> bytes:
     """An SVG; the same arms give the same bytes."""
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(7.0, 4.6), layout="constrained")
         axes = figure.subplots()
+        reached = [100 * arm.accuracy().value for arm in arms.values()]
+        middle = (min(reached) + max(reached)) / 2
         for name, arm in arms.items():
             colour, marker = next(v for k, v in FAMILIES.items() if name.startswith(k))
             rate, x = arm.refusal("harmful"), 100 * arm.accuracy().value
@@ -42,13 +50,22 @@ def frontier(tenant: Tenant, arms: Arms) -> bytes:
                 color=colour,
                 marker=marker,
                 markersize=6,
+                markerfacecolor="white" if _refuses_too_much(arm, arms) else colour,
                 markeredgecolor="#333333",
                 markeredgewidth=0.4,
                 elinewidth=0.7,
                 alpha=0.9,
             )
-            axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
-        axes.set_xlabel("task accuracy, %")
+            right = x > middle
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(-4 if right else 4, 3),
+                ha="right" if right else "left",
+                textcoords="offset points",
+                fontsize=6.5,
+            )
+        axes.set_xlabel("task accuracy, %; hollow: refuses harmless prompts more than before")
         axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
         n = len(next(iter(arms.values())).bits("harmful"))
         axes.set_title(f"{tenant.title}; n = {n} prompts", fontsize=9)
