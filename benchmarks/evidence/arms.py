@@ -121,6 +121,7 @@ FINALISTS = (
     "l2-5",
     "random-all-both",
     "random-all-both-3e-4",
+    "asft-0.1+project-contrast-1",
     "project-contrast-1",
     "safeinstr-16+32+project-contrast-1",
     "safeinstr-16+32",
