@@ -30,7 +30,7 @@ from safeft.models import load_tokenizer, resolve, weights_hash
 from safeft.profile import SafetyProfile
 from safeft.prompts import load_prompts
 
-CWAC = CwacConfig(mode="weight_only", layers="all-linear", positions="both")
+CWAC = CwacConfig(contrast=None)
 STEPS, BATCH = 3, 4
 
 

@@ -36,16 +36,14 @@ from safeft.prompts import load_prompts
 from safeft.reference_rows import CALIBRATION_OPENINGS
 
 ROWS, HARMFUL, HELD_OUT, MAX_TOKENS = 160, 16, 80, 256
-OUR_WEIGHTS = CwacConfig(mode="weight_only", layers="all-linear", positions="both")
+OUR_WEIGHTS = CwacConfig(contrast=None)
 ARMS: dict[str, tuple[ConstraintConfig, ...]] = {
     "plain": (),
     "l2": (L2Config(lam=5.0),),
     "asft": (AsftConfig(lam=5.0),),
     "cwac-published": (CwacConfig.as_published(),),
     "cwac-all-linear-both": (OUR_WEIGHTS,),
-    "cwac-all-linear-response": (
-        CwacConfig(mode="weight_only", layers="all-linear", positions="response"),
-    ),
+    "cwac-all-linear-response": (CwacConfig(positions="response", contrast=None),),
     "asft+cwac-all-linear-both": (AsftConfig(lam=5.0), OUR_WEIGHTS),
     "safelora": (SafeLoraConfig(),),
     "frozen-middle": (FrozenConfig(first=8, last=20),),

@@ -45,14 +45,12 @@ CONSTRAINT_PARTS = (
     "refusals",
     "answers",
     "harmful-inputs",
+    "benign-inputs",
     "autoencoder",
 )
 #: What only variants of constraints need that the study tries (docs/evidence.md): made where they
 #: are asked for by name.
-ON_REQUEST = (
-    "benign-inputs",
-    "held-states",
-)
+ON_REQUEST = ("held-states",)
 #: What `safeft restore` needs besides, and nothing else does.
 RESTORE_PARTS = (
     "reference-mask",

@@ -307,7 +307,7 @@ def test_a_subspace_of_another_width_is_refused() -> None:
     ("mode", "part"), [("weight_only", "harmful-inputs"), ("activation_only", "autoencoder")]
 )
 def test_cwac_without_its_profile_part_names_the_command(mode: Any, part: str) -> None:
-    assert CwacConfig(mode=mode).parts == (part,)
+    assert CwacConfig(mode=mode, contrast=None).parts == (part,)
     with pytest.raises(ProfileError, match=f"safeft profile build --part {part}"):
         CwacConfig(mode=mode).build(ProfileFiles())
 

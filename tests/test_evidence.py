@@ -319,6 +319,7 @@ GOOD = [
     *(record("plain", 0.5, 0.9, seed=seed) for seed in (0, 1, 2)),
     *(record("l2-5", 0.6, 0.9, seed=seed) for seed in (0, 1, 2)),
     *(record("random-all-both", 0.7, 0.9, seed=seed) for seed in (0, 1, 2)),
+    *(record("project-all-both", 0.9, 0.89, seed=seed) for seed in (0, 1, 2)),
     *(record(DEFAULT, 0.9, 0.89, seed=seed) for seed in (0, 1, 2)),
 ]
 
@@ -344,7 +345,7 @@ def test_every_arm_has_a_colour_and_a_marker_of_its_family() -> None:
 def test_a_claim_is_judged_only_where_its_arms_have_run() -> None:
     (arms,) = by_tenant(GOOD).values()
     verdicts = {claim.arms: judged(claim, arms).verdict for claim in CLAIMS}
-    assert verdicts[(DEFAULT, "random-all-both")] == "yes"
+    assert verdicts[("project-all-both", "random-all-both")] == "yes"
     assert verdicts[("cwac-published", "plain")] == "unknown"
     assert all(arm in ARMS for claim in CLAIMS for arm in claim.arms)
 

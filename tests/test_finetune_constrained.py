@@ -22,7 +22,7 @@ from tests.tiny import save_tiny
 from tests.tinyjob import make_rows, make_spec, plain_full_loop, processes
 from tests.tinyparts import write_parts
 
-CONSTRAINTS = [{"kind": "asft", "lam": 2.0}, {"kind": "cwac", "mode": "both"}]
+CONSTRAINTS = [{"kind": "asft", "lam": 2.0}, {"kind": "cwac", "mode": "both", "contrast": None}]
 EPS = torch.finfo(torch.float32).eps
 
 

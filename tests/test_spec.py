@@ -62,7 +62,7 @@ def test_a_minimal_spec_has_the_papers_defaults(tmp_path: Path) -> None:
     assert (spec.lora.rank, spec.lora.alpha) == (8, 32)
     assert spec.lora.target_modules == ("q_proj", "v_proj")
     assert spec.training.learning_rate == 5e-5
-    assert spec.constraints == (AsftConfig(lam=1.0, anchor="paper"), L2Config(lam=0.1))
+    assert spec.constraints == (AsftConfig(lam=0.1, anchor="paper"), L2Config(lam=0.1))
     assert (spec.micro_batch, spec.accumulation_steps) == (8, 1)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safeft.constraints import ProfileFiles
+from safeft.constraints import ProfileFiles, contrast
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.constraints.covariance import InputSite
-from safeft.constraints.subspaces import Subspace, save_index, save_site
+from safeft.constraints.subspaces import POSITIONS, Subspace, save_index, save_site
 from safeft.latents import ActivationTargets, last_residuals, save_activation_targets
 from safeft.models import load_model, weights_hash
 from safeft.sae import TopKAutoencoder
@@ -20,22 +20,25 @@ PROMPTS = [[5, 6, 7, 8, 9], [9, 8, 7], [11, 12, 13, 14]]
 
 
 def write_parts(model_dir: Path, unaligned_dir: Path, where: Path, k: int = 7) -> ProfileFiles:
-    """All three parts, of the model in ``model_dir``."""
+    """The four parts, of the model in ``model_dir``; benign inputs share nothing."""
     base = weights_hash(model_dir)
     model = load_model(model_dir)
-    files = ProfileFiles(where / "alignment", where / "inputs", where / "autoencoder")
-    for directory in (files.alignment, files.harmful_inputs, files.autoencoder):
-        assert directory is not None
+    parts = ("alignment", "inputs", "autoencoder", "benign")
+    files = ProfileFiles(*(where / part for part in parts))
+    for directory in (where / part for part in parts):
         directory.mkdir(parents=True)
     directions = alignment_direction(model_dir, unaligned_dir, lambda n: n.endswith("_proj"))
     save_directions(directions, where / "alignment", aligned_hash=base)
     torch.manual_seed(3)
-    sites = []
+    sites, benign = [], []
     for number, (name, layer) in enumerate(full_weights(model).items()):
         U = torch.linalg.qr(torch.randn(layer.d_in, layer.d_in).double())[0][:, :k].float()
-        found = {positions: _subspace(U) for positions in ("prompt", "response", "both")}
+        found = {positions: _subspace(U) for positions in POSITIONS}
         site = InputSite((name,), layer.d_in)
-        sites.append(save_site(where / "inputs", number, site, found))  # type: ignore[arg-type]
+        sites.append(save_site(where / "inputs", number, site, found))
+        nothing = {positions: torch.zeros(k, k) for positions in POSITIONS}
+        benign.append(contrast.save_shared(where / "benign", number, site.modules, nothing))
+    contrast.save_index(where / "benign", benign, base_weights=base)
     save_index(where / "inputs", sites, base_weights=base, energy=0.99, rows=len(PROMPTS))
     d = model.config.hidden_size
     W = torch.randn(48, d)

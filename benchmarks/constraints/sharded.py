@@ -31,7 +31,7 @@ RANKS = 2
 #: Every constraint on every linear layer: the most that there is to do.
 WORST: tuple[ConstraintConfig, ...] = (
     AsftConfig(),
-    CwacConfig(positions="prompt", rank=32),
+    CwacConfig(positions="prompt", rank=32, contrast=None),
 )
 
 

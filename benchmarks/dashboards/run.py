@@ -166,7 +166,7 @@ def _ended(api: Api, job: str) -> bool:
 def _for_cwac(profile: SafetyProfile, model: Path, home: Path) -> None:
     """The parts of the profile that CWAC reads."""
     write_parts(model, home / "unaligned", home / "parts")
-    for name, part in (("inputs", "harmful-inputs"), ("autoencoder", "autoencoder")):
+    for name, part in (("inputs", "harmful-inputs"), ("benign", "benign-inputs")):
         shutil.copytree(home / "parts" / name, profile.root / part)
         profile.write_record(profile.root / part, {})
 

@@ -37,7 +37,7 @@ class Arm:
 
 def contrast(times: float) -> CwacConfig:
     """The projection, without directions that benign inputs share."""
-    return CwacConfig(contrast=times)
+    return CwacConfig(mode="weight_only", layers="all-linear", positions="both", contrast=times)
 
 
 def projection(
@@ -47,10 +47,14 @@ def projection(
     chosen: Any = {"down": ("down_proj",), "all": "all-linear"}[layers]
     if random:
         return RandomSubspaceConfig(layers=chosen, positions=positions, energy=energy)
-    return CwacConfig(mode="weight_only", layers=chosen, positions=positions, energy=energy)
+    return CwacConfig(
+        mode="weight_only", layers=chosen, positions=positions, energy=energy, contrast=None
+    )
 
 
-DEFAULT = projection("all", "both")
+WHOLE = projection("all", "both")
+#: What the control plane trains under where nobody chose.
+DEFAULT: tuple[ConstraintConfig, ...] = (AsftConfig(), CwacConfig())
 ARMS: dict[str, Arm] = {
     "before": Arm(trained=False),
     "plain": Arm(),
@@ -58,8 +62,8 @@ ARMS: dict[str, Arm] = {
     "l2-5": Arm((L2Config(lam=5.0),)),
     "random-all-both": Arm((projection("all", "both", random=True),)),
     "asft-projector-5": Arm((AsftConfig(lam=5.0, anchor="projector"),)),
-    "project-all-both": Arm((DEFAULT,)),
-    "asft-1+project-all-both": Arm((AsftConfig(lam=1.0), DEFAULT)),
+    "project-all-both": Arm((WHOLE,)),
+    "asft-1+project-all-both": Arm((AsftConfig(lam=1.0), WHOLE)),
     "l2-0.2": Arm((L2Config(lam=0.2),)),
     "random-all-response": Arm((projection("all", "response", random=True),)),
     "safeinstr": Arm(safety_rows=16),
@@ -88,18 +92,18 @@ ARMS: dict[str, Arm] = {
     "project-all-both-0.97-2e-3": Arm((projection("all", "both", 0.97),), learning_rate=2e-3),
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
     "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
-    "project-all-both+activations": Arm((CwacConfig(mode="both"),)),
+    "project-all-both+activations": Arm((CwacConfig(mode="both", contrast=None),)),
     "project-contrast-1": Arm((contrast(1.0),)),
-    "asft-0.1+project-contrast-1": Arm((AsftConfig(lam=0.1), contrast(1.0))),
+    "asft-0.1+project-contrast-1": Arm(DEFAULT),
     "project-contrast-0.5": Arm((contrast(0.5),)),
     "plain-3e-4": Arm(learning_rate=3e-4),
     "random-all-both-3e-4": Arm((projection("all", "both", random=True),), learning_rate=3e-4),
-    "project-all-both-2e-3": Arm((DEFAULT,), learning_rate=2e-3),
-    "project-all-both-4e-3": Arm((DEFAULT,), learning_rate=4e-3),
+    "project-all-both-2e-3": Arm((WHOLE,), learning_rate=2e-3),
+    "project-all-both-4e-3": Arm((WHOLE,), learning_rate=4e-3),
     "project-all-response-2e-3": Arm((projection("all", "response"),), learning_rate=2e-3),
     "states-10": Arm((HeldStatesConfig(lam=10.0),)),
     "states-100": Arm((HeldStatesConfig(lam=100.0),)),
-    "states-10+project-all-both": Arm((HeldStatesConfig(lam=10.0), DEFAULT)),
+    "states-10+project-all-both": Arm((HeldStatesConfig(lam=10.0), WHOLE)),
 }
 #: In the sweep these are tried on one task only, for time.
 GSM8K_ONLY = (

@@ -154,7 +154,7 @@ def cell(task: Task, tenant: Tenant | None, *, protected: bool) -> Cell:
         tenant=tenant,
         protected=protected,
         count=ROWS if tenant else 0,
-        constraints=(DEFAULT,) if protected else (),
+        constraints=DEFAULT if protected else (),
         lora=LORA,
         training=training(seed),
         restore=RestoreSpec(),

@@ -11,7 +11,7 @@ from safeft.prompts import Kind
 
 #: `open`: the cells are too few to tell. `unknown`: cells are missing.
 Verdict = Literal["yes", "partly", "no", "open", "unknown"]
-DEFAULT = "project-all-both"
+DEFAULT = "asft-0.1+project-contrast-1"
 HARMLESS: tuple[Kind, ...] = ("benign", "borderline")
 MATCHED_POINTS, KEPT_POINTS = 2.0, 3.0
 

@@ -46,10 +46,11 @@ from safeft.weights import FullWeight, Layers, TrainedLayers, chosen_layers
 
 @dataclass(frozen=True)
 class AsftConfig:
-    """AsFT with the paper's settings as defaults.
+    """AsFT with the paper's settings as defaults, but for λ.
 
     Args:
-        lam: λ.
+        lam: λ. The paper's is 1, on q_proj and v_proj alone; on all linear layers hardly anything
+            is learned then (docs/evidence.md).
         anchor: ``paper``: ``C = V·Vᵀ / ‖V‖_F`` as in the official code, which is no projector;
             ``projector``: ``C = U_k·U_kᵀ``; ``signed``: the projector, and what moves back along V
             costs too (LoRA only).
@@ -62,7 +63,7 @@ class AsftConfig:
     parts: ClassVar[tuple[str, ...]] = ("alignment",)
 
     kind: Literal["asft"] = "asft"
-    lam: float = 1.0
+    lam: float = 0.1
     anchor: Literal["paper", "projector", "signed"] = "paper"
     energy: float = 0.99
     include_scale: bool = False

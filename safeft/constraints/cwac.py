@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from safeft.constraints.base import Constraint, FactorStack, ForwardTerm, ProfileFiles
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CwacConfig:
-    """CWAC, by default as it protected most (docs/evidence.md); `as_published` is the paper's.
+    """CWAC, by default as it protected at the least price (docs/evidence.md); `as_published` is the
+    paper's.
 
     Args:
         mode: both sides (the paper), or one.
@@ -38,7 +38,7 @@ class CwacConfig:
         energy: share of the inputs' squared norm that U holds.
         rank: U has at most so many columns.
         contrast: of U is left free what changes outputs on harmful inputs less than so many times
-            as much as on benign ones; None: nothing (the paper).
+            as much as on benign ones; None: nothing, so that most is held and least is learned.
         project: ``update``: ΔW itself after each step; ``gradient``: as published, which Adam
             undoes in part. Under LoRA both act on A, and A starts outside U.
         lam: λ of the activation side.
@@ -53,8 +53,7 @@ class CwacConfig:
     positions: Literal["prompt", "response", "both"] = "both"
     energy: float = 0.99
     rank: int | None = None
-    # Left out of a record where it is not used: settings that were recorded before stay the same.
-    contrast: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    contrast: float | None = 1.0
     project: Literal["update", "gradient"] = "update"
     lam: float = 0.5
     harmful_batch: int = 4
@@ -69,8 +68,6 @@ class CwacConfig:
                 raise ValueError(f"{field} must be at least 1, not {value}")
         if self.contrast is not None and not 0 < self.contrast < math.inf:
             raise ValueError(f"contrast must be positive and finite, not {self.contrast}")
-        if self.contrast is not None and self.mode == "activation_only":
-            raise ValueError("contrast is of the weight side; choose another mode, or leave it out")
         for field in ("lam", "harmful_batch"):
             default = type(self).__dataclass_fields__[field].default
             if self.mode == "weight_only" and getattr(self, field) != default:
@@ -80,8 +77,8 @@ class CwacConfig:
     def as_published(cls, **changes: Any) -> CwacConfig:
         """Both sides, on ``down_proj`` alone; gradients are projected, and not the update. Of what
         the paper leaves open: prompt positions, energy 0.99. `changes`: other fields."""
-        fields: dict[str, Any] = {"mode": "both", "layers": ("down_proj",), "positions": "prompt"}
-        return cls(**{**fields, "project": "gradient", **changes})
+        paper: dict[str, Any] = {"mode": "both", "layers": ("down_proj",), "positions": "prompt"}
+        return cls(**{**paper, "contrast": None, "project": "gradient", **changes})
 
     @property
     def parts(self) -> tuple[str, ...]:

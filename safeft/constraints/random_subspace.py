@@ -55,6 +55,7 @@ class RandomSubspaceConfig:
             positions=self.positions,
             energy=self.energy,
             rank=self.rank,
+            contrast=None,
         )
 
     def build(self, profile: ProfileFiles) -> RandomSubspace:
