@@ -136,7 +136,7 @@ def test_the_penalty_is_exact_where_nothing_cancels() -> None:
     V = torch.randn(40, 3) @ torch.randn(3, 30) * 0.05
     A, B = torch.randn(4, 30), torch.randn(40, 4)
     for anchor in ("paper", "projector"):
-        constraint = Asft(AsftConfig(anchor=anchor, energy=0.99), {"m": direction_of(V)})
+        constraint = Asft(AsftConfig(lam=1.0, anchor=anchor, energy=0.99), {"m": direction_of(V)})
         value, got = gradients(constraint, {"m": pair_of("m", A.clone(), B.clone(), 2.0)})
         a, b = A.double().requires_grad_(), B.double().requires_grad_()
         total = dense_penalty(dense_C(V, anchor, 0.99), b @ a, 1.0)
@@ -163,7 +163,7 @@ def test_the_signed_anchor_leaves_movement_along_the_direction_free_and_charges_
     V = torch.randn(16, 2) @ torch.randn(2, 12)
     U, values, right = torch.linalg.svd(V, full_matrices=False)
     A, B = values[:2, None] * right[:2], U[:, :2]  # B·A = V
-    config = AsftConfig(anchor="signed", energy=1.0)
+    config = AsftConfig(lam=1.0, anchor="signed", energy=1.0)
 
     def charged(sign: float) -> tuple[float, dict[str, float]]:
         constraint = Asft(config, {"m": direction_of(V)})

@@ -160,7 +160,8 @@ def test_a_layer_that_alignment_left_alone_is_held_by_plain_l2(tmp_path: Path) -
     A, B = torch.randn(2, 32), torch.randn(16, 2)
     for anchor in ("paper", "projector"):
         hooks = ConstraintHooks(
-            [Asft(AsftConfig(anchor=anchor), found)], {V: pair_of(V, A.clone(), B.clone(), 1.0)}
+            [Asft(AsftConfig(lam=1.0, anchor=anchor), found)],
+            {V: pair_of(V, A.clone(), B.clone(), 1.0)},
         )
         expected = float((B.double() @ A.double()).pow(2).sum())
         assert hooks.before_backward(1)["asft"] == pytest.approx(expected, rel=1e-6)

@@ -252,7 +252,7 @@ def test_a_job_is_given_only_the_parts_that_its_constraints_name(
     assert needed_parts(make_spec(tmp_path, constraints=[]), profile) == ProfileFiles()
     alone = ProfileFiles(alignment=profile.root / "alignment")
     assert needed_parts(make_spec(tmp_path), profile) == alone
-    constraints = [{"kind": "cwac", "mode": "weight_only", "layers": "all-linear"}]
+    constraints = [{"kind": "cwac", "contrast": None}]
     cwac = make_spec(tmp_path, constraints=constraints)
     with pytest.raises(ProfileError, match=r"lacks 'harmful-inputs'; run `safeft profile build"):
         needed_parts(cwac, profile)
