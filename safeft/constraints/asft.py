@@ -49,8 +49,8 @@ class AsftConfig:
     """AsFT with the paper's settings as defaults, but for λ.
 
     Args:
-        lam: λ. The paper's is 1, on q_proj and v_proj alone; on all linear layers hardly anything
-            is learned then (docs/evidence.md).
+        lam: λ. The paper's is 1, on q_proj and v_proj alone; on all linear layers beside CWAC's
+            projection hardly anything is learned then (docs/evidence.md).
         anchor: ``paper``: ``C = V·Vᵀ / ‖V‖_F`` as in the official code, which is no projector;
             ``projector``: ``C = U_k·U_kᵀ``; ``signed``: the projector, and what moves back along V
             costs too (LoRA only).

@@ -178,11 +178,7 @@ class SavedSubspaces:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}")
         if rank is not None and rank < 1:
             raise ValueError("rank must be at least 1")
-        site = self._site_of.get(module_name)
-        if site is None or positions not in site.sizes:
-            raise ProfileError(
-                f"{self._directory}: holds no harmful inputs of {module_name}; {_REBUILD}"
-            )
+        site = self._site(module_name, positions)
         if energy > self.energy:
             raise ProfileError(
                 f"{self._directory}: holds {self.energy:g} of the energy of the harmful inputs, "
@@ -196,11 +192,16 @@ class SavedSubspaces:
         Raises:
             ProfileError: the layer is not covered, or the file is not whole.
         """
-        self.basis(module_name, positions, self.energy, None)  # its checks
-        site = self._site_of[module_name]
-        with safe_open(self._directory / site.file, framework="pt") as file:
-            values: Tensor = file.get_tensor(f"{positions}.eigenvalues")
-        return values / max(site.sizes[positions].tokens, 1)
+        site = self._site(module_name, positions)
+        path, size = self._directory / site.file, site.sizes[positions]
+        try:
+            with safe_open(path, framework="pt") as file:
+                values: Tensor = file.get_tensor(f"{positions}.eigenvalues")
+        except (SafetensorError, OSError) as error:
+            raise ProfileError(f"{path}: cannot be read ({error}); {_REBUILD}") from error
+        if values.shape != (size.k,) or not torch.isfinite(values).all():
+            raise ProfileError(f"{path}: {module_name} has mismatched shapes; {_REBUILD}")
+        return values / max(size.tokens, 1)
 
     def mean_ranks(self) -> dict[str, dict[str, float]]:
         """For each kind of layer, by its last names: ``d_in`` and the mean k by positions."""
@@ -215,6 +216,14 @@ class SavedSubspaces:
             }
             for kind, sites in kinds.items()
         }
+
+    def _site(self, module_name: str, positions: Positions) -> SavedSite:
+        site = self._site_of.get(module_name)
+        if site is None or positions not in site.sizes:
+            raise ProfileError(
+                f"{self._directory}: holds no harmful inputs of {module_name}; {_REBUILD}"
+            )
+        return site
 
     def _read(
         self, site: SavedSite, module: str, positions: Positions, energy: float, rank: int | None
