@@ -15,10 +15,12 @@ from torch import Tensor
 from jobs.profile import AnswersConfig, ProfileConfig, RefusalsConfig, build_profile
 from safeft.constraints import CwacConfig, ProfileFiles
 from safeft.constraints.contrast import contrasted, load_benign_inputs
+from safeft.constraints.covariance import InputCovariances, InputSite, read_row
 from safeft.constraints.subspaces import load_subspaces
 from safeft.errors import ProfileError
 from safeft.lora import lora_pairs
-from safeft.models import weights_hash
+from safeft.models import load_model, load_tokenizer, weights_hash
+from safeft.own_refusals import load_answers
 from tests.test_constraints import tiny_lora
 from tests.test_restore import speech
 
@@ -79,6 +81,12 @@ def test_a_profile_holds_them_in_the_coordinates_of_its_harmful_subspaces(
         shared = benign.shared(name, positions)
         assert shared.shape == (k, k) and torch.allclose(shared, shared.T, atol=1e-6)
         assert torch.linalg.eigvalsh(shared.double()).min() > -1e-6
+    read = InputCovariances([InputSite((name,), harmful.basis(name, "both", 0.5, None).shape[0])])
+    tokenizer, answers = load_tokenizer(tiny_dir), load_answers(profile.path("answers"))
+    read.read(load_model(tiny_dir), [read_row(tokenizer, one) for one in answers], 0)
+    U, C = harmful.basis(name, "both", harmful.energy, None).double(), read.total(name, "both")
+    expected = (U.T @ C.matrix @ U / C.tokens).float()
+    assert torch.allclose(benign.shared(name, "both"), expected, rtol=1e-4, atol=1e-6)
     files = ProfileFiles(harmful_inputs=profile.path("harmful-inputs"), benign_inputs=path)
     settings: dict[str, Any] = {"mode": "weight_only", "layers": "all-linear", "positions": "both"}
     layers = lora_pairs(tiny_lora(targets=("q_proj", "down_proj")))

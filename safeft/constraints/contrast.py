@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,6 +110,7 @@ class Contrasted:
     harmful: SavedSubspaces
     benign: BenignInputs
     contrast: float
+    _found: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def basis(
         self, module_name: str, positions: Positions, energy: float, rank: int | None
@@ -119,6 +121,14 @@ class Contrasted:
             ProfileError: see `SavedSubspaces.basis` and `BenignInputs.shared`; or the two parts do
                 not belong together.
         """
+        key = (self.benign.files.get(module_name), positions, energy, rank)
+        if key not in self._found:  # layers that read one input share it
+            self._found[key] = self._basis(module_name, positions, energy, rank)
+        return self._found[key]
+
+    def _basis(
+        self, module_name: str, positions: Positions, energy: float, rank: int | None
+    ) -> Tensor:
         U = self.harmful.basis(module_name, positions, energy, rank)
         used = self.harmful.energies(module_name, positions)
         shared = self.benign.shared(module_name, positions)
