@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.evidence.cells import METRICS, SECONDS, Cell, Store, read_record
 from benchmarks.evidence.parts import MODEL, executor, grid, read_cell
+from benchmarks.evidence.profiles import BORDERLINE, GSM8K, UNSEEN, Profiles
 from benchmarks.evidence.report import write_report
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.runner import Estimates, Execute, chosen, run_cells
@@ -24,19 +25,21 @@ from safeft.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "evidence.json"
-GSM8K = ROOT / "../shared/data/gsm8k_train.jsonl"
+DATA = ROOT / "../shared/data"
 app = typer.Typer(add_completion=False, help=__doc__)
 console = Console(width=150)
 
 Output = Annotated[Path, typer.Option(help="Cells are kept here; finished ones are not run again.")]
-Gsm8k = Annotated[Path, typer.Option(help="GSM8K's training rows as chat messages.")]
+Data = Annotated[
+    Path, typer.Option(help=f"Holds {GSM8K}, {', '.join(UNSEEN.values())}: rows and prompts.")
+]
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
     output: Output = Path("evidence"),
-    gsm8k: Gsm8k = GSM8K,
+    data: Data = DATA,
     only: Annotated[list[str] | None, typer.Option(help="Cells by glob of PART/NAME.")] = None,
     budget: Annotated[float | None, typer.Option(help="Hours; default: no limit.")] = None,
     json_file: Annotated[
@@ -61,7 +64,7 @@ def run(
             summary = run_cells(
                 wanted,
                 store,
-                _executor(gsm8k, store, progress),
+                _executor(data, store, progress),
                 budget_s=None if budget is None else 3600 * budget,
                 progress=progress,
             )
@@ -80,12 +83,12 @@ def run(
 @app.command()
 def rerun(
     directory: Annotated[Path, typer.Argument(help="A finished cell's directory.")],
-    gsm8k: Gsm8k = GSM8K,
+    data: Data = DATA,
 ) -> None:
     """Run a finished cell once more from its config, elsewhere, and compare the numbers."""
     cell, before = read_cell(directory), read_record(directory / METRICS)
     with tempfile.TemporaryDirectory() as scratch, progress_bars() as progress:
-        execute = _executor(gsm8k, Store(directory.absolute().parents[1]), progress)
+        execute = _executor(data, Store(directory.absolute().parents[1]), progress)
         summary = run_cells([cell], Store(Path(scratch)), execute, progress=progress)
     if summary.failed:
         console.print(f"failed: {', '.join(summary.failed.values())}", markup=False)
@@ -107,15 +110,18 @@ def report(
         console.print(str(path))
 
 
-def _executor(gsm8k: Path, store: Store, progress: Progress) -> Execute:
-    if not gsm8k.is_file():
-        raise typer.BadParameter(f"{gsm8k} is missing; name the file with --gsm8k")
+def _executor(data: Path, store: Store, progress: Progress) -> Execute:
+    for name in (GSM8K, *UNSEEN.values()):
+        if not (data / name).is_file():
+            raise typer.BadParameter(f"{data / name} is missing; name its directory with --data")
     # One processor a cell: its numbers then do not depend on how many the machine has, and two
     # runners on two processors finish more cells than one with both.
     torch.set_num_threads(1)
     model_dir = resolve(MODEL, progress)
-    profile = SafetyProfile.for_weights(weights_hash(model_dir))
-    return executor(model_dir, profile, gsm8k, store)
+    packaged = SafetyProfile.for_weights(weights_hash(model_dir))
+    unseen = {kind: data / name for kind, name in UNSEEN.items()} | {"borderline": BORDERLINE}
+    profiles = Profiles(model_dir, packaged, unseen, store.output / "profiles" / "unseen")
+    return executor(model_dir, profiles, data / GSM8K, store)
 
 
 def _list(wanted: Sequence[Cell], everything: Sequence[Cell], store: Store) -> None:

@@ -34,6 +34,12 @@ class Arm:
     trained: bool = True
     learning_rate: float = 1e-3
 
+    @property
+    def reads_profile(self) -> bool:
+        """It depends on the prompts that the profile was made with, or may."""
+        replayed = self.safety_rows + self.answer_rows > 0
+        return replayed or any(constraint.parts for constraint in self.constraints)
+
 
 def contrast(times: float) -> CwacConfig:
     """The projection, without directions that benign inputs share."""
@@ -132,7 +138,7 @@ FINALISTS = (
     "project-contrast-1",
     "safeinstr-16+32+project-contrast-1",
     "safeinstr-16+32",
-    "project-contrast-0.5",
+    "safeinstr-8+16+asft-0.1+project-contrast-1",
     "safeinstr",
 )
 #: At the other shares, and where every row asks for obedience.

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from benchmarks.evidence.arms import ARMS, CORE, FINALISTS, GSM8K_ONLY
 from benchmarks.evidence.cells import Cell, Setting
+from benchmarks.evidence.profiles import Profiles, Prompts
 from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
 from benchmarks.evidence.tenants import Style, tenant_rows
 from jobs.evaluate import evaluate
@@ -27,7 +28,6 @@ from safeft.constraints import ConstraintConfig
 from safeft.data import Row, TokenisedRow, tokenise_all
 from safeft.evaluate import AnswerClass, measure_accuracy
 from safeft.models import load_merged, load_tokenizer
-from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import KINDS, Split, load_prompts
 
@@ -53,6 +53,7 @@ class ConstraintSetting(Setting):
         safety_rows: refusals of the base model that are added (SafeInstr).
         answer_rows: its answers to harmless prompts that are added.
         split: the prompts that refusals are measured on.
+        prompts: of the profile, for what reads one.
     """
 
     arm: str
@@ -67,6 +68,7 @@ class ConstraintSetting(Setting):
     lora: LoraSpec
     training: TrainingSpec
     split: Split
+    prompts: Annotated[Prompts, Field(exclude_if=lambda source: source == "packaged")] = "packaged"
 
     @property
     def work(self) -> float:
@@ -120,6 +122,8 @@ def cell(
 ) -> Cell:
     """One arm on one tenant."""
     what = ARMS[arm]
+    # A sweep chooses settings; what is reported of them owes nothing to the alignment's prompts.
+    unseen = what.reads_profile and split == "evidence"
     setting = ConstraintSetting(
         arm=arm,
         seed=seed,
@@ -134,6 +138,7 @@ def cell(
         lora=LORA,
         training=training(seed, epochs, what.learning_rate),
         split=split,
+        prompts="unseen" if unseen else "packaged",
     )
     return named(setting)
 
@@ -153,10 +158,10 @@ def named(setting: ConstraintSetting) -> Cell:
 
 
 class ConstraintRuns:
-    """Runs cells on one base model and its profile."""
+    """Runs cells on one base model and its profiles."""
 
-    def __init__(self, model_dir: Path, profile: SafetyProfile, gsm8k: Path) -> None:
-        self._model_dir, self._profile, self._gsm8k = model_dir, profile, gsm8k
+    def __init__(self, model_dir: Path, profiles: Profiles, gsm8k: Path) -> None:
+        self._model_dir, self._profiles, self._gsm8k = model_dir, profiles, gsm8k
         self._tokenizer = load_tokenizer(model_dir)
 
     def __call__(self, cell: Cell, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -211,14 +216,15 @@ class ConstraintRuns:
     ) -> FinetuneResult:
         """The tenant's model; a finished one is found in its directory."""
         spec = self.spec(setting, directory)
+        profile = self._profiles.of(setting.prompts, progress)
         return finetune(
             spec,
             rows=[
                 *self.tokenised(self.rows(setting)),
-                *own_rows(spec.data, self._profile, self._model_dir),
+                *own_rows(spec.data, profile, self._model_dir),
             ],
             model_dir=self._model_dir,
-            profile=needed_parts(spec, self._profile),
+            profile=needed_parts(spec, profile),
             output=directory / "training",
             progress=progress,
         )

@@ -12,9 +12,9 @@ from pydantic import Field, TypeAdapter
 
 from benchmarks.evidence import chain, constraints, fifths, restorations
 from benchmarks.evidence.cells import CONFIG, Cell, Store
+from benchmarks.evidence.profiles import Profiles
 from benchmarks.evidence.runner import Execute
 from safeft.errors import InputError
-from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 
 MODEL = constraints.MODEL
@@ -27,26 +27,28 @@ class Part:
     Attributes:
         cells: in the order of their worth.
         setting: reads what ``config.json`` holds.
-        runs: from the model, its profile, GSM8K's file and the finished cells.
+        runs: from the model, its profiles, GSM8K's file and the finished cells.
     """
 
     cells: Callable[[], list[Cell]]
     setting: TypeAdapter[Any]
-    runs: Callable[[Path, SafetyProfile, Path, Store], Execute]
+    runs: Callable[[Path, Profiles, Path, Store], Execute]
 
 
 PARTS: dict[str, Part] = {
     constraints.PART: Part(
         constraints.cells,
         TypeAdapter(constraints.ConstraintSetting),
-        lambda model, profile, gsm8k, _: constraints.ConstraintRuns(model, profile, gsm8k),
+        lambda model, profiles, gsm8k, _: constraints.ConstraintRuns(model, profiles, gsm8k),
     ),
     fifths.PART: Part(
         fifths.cells,
         TypeAdapter(
             Annotated[fifths.ScoringSetting | fifths.FifthSetting, Field(discriminator="kind")]
         ),
-        fifths.FifthRuns,
+        lambda model, profiles, gsm8k, store: fifths.FifthRuns(
+            model, profiles.packaged, gsm8k, store
+        ),
     ),
     restorations.PART: Part(
         restorations.cells,
@@ -56,7 +58,7 @@ PARTS: dict[str, Part] = {
     chain.PART: Part(
         chain.cells,
         TypeAdapter(chain.ChainSetting),
-        lambda model, profile, gsm8k, _: chain.ChainRuns(model, profile, gsm8k),
+        lambda model, profiles, gsm8k, _: chain.ChainRuns(model, profiles.packaged, gsm8k),
     ),
 }
 
@@ -66,9 +68,9 @@ def grid() -> list[Cell]:
     return [cell for part in PARTS.values() for cell in part.cells()]
 
 
-def executor(model_dir: Path, profile: SafetyProfile, gsm8k: Path, store: Store) -> Execute:
+def executor(model_dir: Path, profiles: Profiles, gsm8k: Path, store: Store) -> Execute:
     """Runs any cell; what a cell reads of others is in `store`."""
-    runs = {name: part.runs(model_dir, profile, gsm8k, store) for name, part in PARTS.items()}
+    runs = {name: part.runs(model_dir, profiles, gsm8k, store) for name, part in PARTS.items()}
 
     def execute(cell: Cell, directory: Path, progress: Progress) -> dict[str, Any]:
         return runs[cell.part](cell, directory, progress)

@@ -108,7 +108,7 @@ def _head(results: Results) -> str:
         ("measured on", counts),
         (
             "command",
-            "`python -m benchmarks.evidence --gsm8k FILE --output DIR --json FILE`, once for each "
+            "`python -m benchmarks.evidence --data DIR --output DIR --json FILE`, once for each "
             "processor: a cell uses one, and runners share a directory",
         ),
         ("one cell again", "`python -m benchmarks.evidence rerun DIR/constraints/CELL`"),

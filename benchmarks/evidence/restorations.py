@@ -21,6 +21,7 @@ from benchmarks.evidence.constraints import (
     prompts_in,
 )
 from benchmarks.evidence.constraints import cell as constraint_cell
+from benchmarks.evidence.profiles import Profiles, Prompts
 from benchmarks.evidence.tasks import HELD_OUT, Task
 from benchmarks.evidence.tenants import planted_prompts
 from benchmarks.safety_tuning import safety_tuned, saved
@@ -58,11 +59,12 @@ _WORK: dict[Method, float] = {
 
 
 class RestorationSetting(Setting):
-    """What was trained, and how its refusals are brought back."""
+    """What was trained, how its refusals are brought back, and the prompts of the profile."""
 
     tuned: ConstraintSetting
     method: Method
     restore: RestoreSpec
+    prompts: Prompts = "unseen"
 
     @property
     def work(self) -> float:
@@ -87,11 +89,11 @@ def cell(method: Method, arm: str, task: Task, share: float = 0.1, seed: int = 0
 
 
 class RestorationRuns:
-    """Runs cells on one base model and its profile."""
+    """Runs cells on one base model and its profiles."""
 
-    def __init__(self, model_dir: Path, profile: SafetyProfile, gsm8k: Path, store: Store) -> None:
-        self._model_dir, self._profile, self._store = model_dir, profile, store
-        self._tuned = ConstraintRuns(model_dir, profile, gsm8k)
+    def __init__(self, model_dir: Path, profiles: Profiles, gsm8k: Path, store: Store) -> None:
+        self._model_dir, self._profiles, self._store = model_dir, profiles, store
+        self._tuned = ConstraintRuns(model_dir, profiles, gsm8k)
 
     def __call__(self, cell: Cell, directory: Path, progress: Progress) -> dict[str, Any]:
         """Restore and measure; see `Execute`.
@@ -139,10 +141,9 @@ class RestorationRuns:
         progress: Progress,
     ) -> Path:
         """The directory of an adapter that holds both trainings."""
+        profile = self._profiles.of(setting.prompts, progress)
         if setting.method == "safelora":
-            constraint = SafeLoraConfig().build(
-                ProfileFiles(alignment=self._profile.path("alignment"))
-            )
+            constraint = SafeLoraConfig().build(ProfileFiles(alignment=profile.path("alignment")))
             return saved(directory / STACKED, constraint.finish_adapter(load_factors(adapter)))
         spec = self._tuned.spec(setting.tuned, directory).model_copy(
             update={"restore": setting.restore}
@@ -153,7 +154,7 @@ class RestorationRuns:
                 adapter=adapter,
                 domain=domain,
                 model_dir=self._model_dir,
-                profile=self._profile,
+                profile=profile,
                 output=directory,
                 progress=progress,
             )
@@ -162,24 +163,27 @@ class RestorationRuns:
             adapter=adapter,
             domain=domain,
             model_dir=self._model_dir,
-            profile=self._reference(setting.method, progress),
+            profile=self._reference(setting, profile, progress),
             output=directory,
             progress=progress,
         )
         return directory / CANDIDATE / STACKED
 
-    def _reference(self, method: Method, progress: Progress) -> SafetyProfile:
+    def _reference(
+        self, setting: RestorationSetting, profile: SafetyProfile, progress: Progress
+    ) -> SafetyProfile:
         """A profile whose reference is the method's; the refusals are the same for all."""
-        root = self._store.output / "profiles" / method
+        root = self._store.output / "profiles" / setting.method
         if not root.exists():
             with publish_dir(root) as staging:
-                shutil.copytree(self._profile.path("refusals"), staging / "refusals")
+                shutil.copytree(profile.path("refusals"), staging / "refusals")
         return build_profile(
             self._model_dir,
             None,
             root=root,
             parts=["reminder-states"],
-            config=ProfileConfig(reference=REFERENCES[method]),
+            config=ProfileConfig(reference=REFERENCES[setting.method]),
+            prompts=self._profiles.texts(setting.prompts),
             progress=progress,
         )
 

@@ -13,7 +13,10 @@ from rich.table import Table
 from cluster.cli.console import out, print_json, progress_bars
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from safeft.profile import SafetyProfile
+    from safeft.prompts import Kind, Prompt
 
 app = typer.Typer(
     help="The safety profile of a base model: directions, thresholds, baselines, subspaces.",
@@ -46,6 +49,13 @@ def build(
         Path | None,
         typer.Option(help="Take over an autoencoder in SAELens' format instead of training one."),
     ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KIND=FILE: own prompts for constraints and restorations; KIND is harmful, benign "
+            'or borderline, FILE has a JSON object with "prompt" a line; repeatable.'
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Build what is missing. A build that stopped goes on where it was."""
@@ -69,6 +79,7 @@ def build(
             parts=part,
             workers=workers,
             import_sae=import_sae,
+            prompts=_own(prompts or ()),
             progress=progress,
         )
     states = _states(profile)
@@ -82,6 +93,23 @@ def build(
     out.print(f"{done} {escape(str(profile.root))}")
     if missing:
         out.print(f"missing or outdated: {', '.join(missing)}")
+
+
+def _own(named: Sequence[str]) -> dict[Kind, list[Prompt]]:
+    """Prompts by kind, from KIND=FILE."""
+    from safeft.errors import InputError
+    from safeft.prompts import KINDS, own_prompts
+
+    found: dict[Kind, list[Prompt]] = {}
+    for entry in named:
+        name, _, file = entry.partition("=")
+        kind = next((k for k in KINDS if k == name), None)
+        if kind is None or not file:
+            raise InputError(f"--prompts: must be KIND=FILE, KIND one of {', '.join(KINDS)}")
+        if kind in found:
+            raise InputError(f"--prompts: {kind} is given twice")
+        found[kind] = own_prompts(Path(file), kind)
+    return found
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safeft.latents import (
 from safeft.models import load_model, load_tokenizer, weights_hash
 from safeft.own_refusals import load_refusals, refusal_row, template_start
 from safeft.progress import Progress
-from safeft.prompts import Kind, load_prompts, spread
+from safeft.prompts import Kind, Prompt, spread
 from safeft.sae import TopKAutoencoder, load_autoencoder
 from safeft.sae_training import (
     AutoencoderConfig,
@@ -44,12 +44,13 @@ def build_autoencoder(
     config: AutoencoderConfig,
     progress: Progress,
     *,
+    prompts: Mapping[Kind, Sequence[Prompt]],
     import_from: Path | None = None,
 ) -> None:
     """Write the activation side of CWAC into a directory: see `safeft.latents` and `REPORT`.
 
-    Texts are the profile part of the project's prompts: the harmful ones, where the model refused
-    with its own refusal, and the benign and borderline ones. Latents are ranked on the refused
+    Texts are the profile's prompts: the harmful ones, where the model refused with its own refusal,
+    and the benign and borderline ones. Latents are ranked on the refused
     prompts against as many benign and borderline ones, at their last positions.
 
     Args:
@@ -66,12 +67,12 @@ def build_autoencoder(
     begun = time.monotonic()
     model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
     refused = load_refusals(refusals)
-    prompts = [encode_prompt(refusal.prompt, tokenizer) for refusal in refused]
+    refused_prompts = [encode_prompt(refusal.prompt, tokenizer) for refusal in refused]
     asked = {refusal.prompt for refusal in refused}
     rows = [refusal_row(tokenizer, refusal).input_ids for refusal in refused]
     counts = {"harmful with the model's refusal": len(rows)}
     for kind in ("harmful", *_BENIGN):
-        texts = [p.text for p in load_prompts(kind, "profile") if p.text not in asked]
+        texts = [p.text for p in prompts[kind] if p.text not in asked]
         rows += [encode_prompt(text, tokenizer) for text in texts]
         counts[kind] = len(texts)
     positions = config.positions or _template_length(tokenizer, refused[0].prompt)
@@ -88,12 +89,14 @@ def build_autoencoder(
     else:
         autoencoder, reached = _imported(import_from, model, rows, config)
 
-    harmful = last_residuals(model, autoencoder.layer, prompts, positions, progress)
+    harmful = last_residuals(model, autoencoder.layer, refused_prompts, positions, progress)
     benign = last_residuals(
-        model, autoencoder.layer, _benign(tokenizer, len(prompts)), positions, progress
+        model, autoencoder.layer, _benign(tokenizer, prompts, len(refused)), positions, progress
     )
     ranking = rank_latents(autoencoder, harmful, benign, config.latents)
-    targets = activation_targets(weights_hash(model_dir), autoencoder, ranking, prompts, harmful)
+    targets = activation_targets(
+        weights_hash(model_dir), autoencoder, ranking, refused_prompts, harmful
+    )
     save_activation_targets(targets, out, model_name=getattr(model.config, "model_type", None))
     at_positions = [harmful[i] for i in held_out]
     report = {
@@ -112,7 +115,7 @@ def build_autoencoder(
             for latent, score in zip(ranking.latents.tolist(), ranking.scores.tolist(), strict=True)
         ],
         "baseline": {
-            "prompts": len(prompts),
+            "prompts": len(refused),
             "mean_square": float(targets.baseline.pow(2).sum(2).mean()),
         },
         "config": asdict(config),
@@ -128,12 +131,14 @@ def _template_length(tokenizer: Any, prompt: str) -> int:
     return max(1, len(ids) - template_start(tokenizer, prompt))
 
 
-def _benign(tokenizer: Any, count: int) -> list[list[int]]:
+def _benign(
+    tokenizer: Any, prompts: Mapping[Kind, Sequence[Prompt]], count: int
+) -> list[list[int]]:
     """Prompts to compare with: half of them borderline, which look like harmful ones."""
     texts: list[str] = []
     for i, kind in enumerate(_BENIGN):
         share = (count + i) // len(_BENIGN)
-        texts += [p.text for p in spread(load_prompts(kind, "profile"), share)]
+        texts += [p.text for p in spread(prompts[kind], share)]
     return [encode_prompt(text, tokenizer) for text in texts]
 
 

@@ -3,7 +3,7 @@ build that stopped goes on where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jobs.profile.config import ProfileConfig
@@ -17,6 +17,7 @@ from safeft.errors import InputError, ProfileError
 from safeft.models import load_tokenizer, weights_hash
 from safeft.profile import DEFAULT_PARTS, PARTS, RECORD, SafetyProfile
 from safeft.progress import Progress, silent
+from safeft.prompts import KINDS, Kind, Prompt, load_prompts
 
 
 def build_profile(
@@ -28,6 +29,7 @@ def build_profile(
     parts: Sequence[str] | None = None,
     workers: int = 1,
     import_sae: Path | None = None,
+    prompts: Mapping[Kind, Sequence[Prompt]] | None = None,
     progress: Progress = silent,
 ) -> SafetyProfile:
     """Build what is missing or outdated of a base model's profile.
@@ -39,6 +41,8 @@ def build_profile(
             profile, without what is made on request.
         workers: Ray tasks that read prompts at a time.
         import_sae: a trained autoencoder to take over instead of training one.
+        prompts: by kind, instead of the packaged ones, for what constraints and restorations hold
+            on to. The directions of screening and the baseline keep to the packaged ones.
 
     Raises:
         InputError: no such part, or an import that no part takes.
@@ -61,6 +65,7 @@ def build_profile(
         progress,
         workers,
         import_sae,
+        {kind: load_prompts(kind, "profile") for kind in KINDS} | dict(prompts or {}),
     )
     made = [
         *SqsdParts(context).parts(),

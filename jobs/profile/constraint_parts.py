@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.profile.benign_inputs import build_benign_inputs
 from jobs.profile.harmful_inputs import build_harmful_inputs
-from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
+from jobs.profile.part import Context, Part, tokenizer_hash
 from safeft.errors import MeasurementError
 from safeft.evaluate import JUDGE_VERSION, AnswerClass
 from safeft.models import load_model
@@ -24,7 +24,7 @@ from safeft.own_refusals import (
     save_refusals,
 )
 from safeft.profile import hash_files
-from safeft.prompts import Kind, load_prompts, spread
+from safeft.prompts import Kind, spread
 from safeft.reactivation_targets import (
     answered_rows,
     harmful_rows,
@@ -60,14 +60,14 @@ class ConstraintParts:
 
     def _asked(self) -> dict[str, Any]:
         return {
-            "prompt_set": prompt_sets("profile")["harmful"],
+            "prompt_set": self.context.asked()["harmful"],
             "tokenizer": tokenizer_hash(self.context.tokenizer),
             "judge": JUDGE_VERSION,
             **asdict(self.config.refusals),
         }
 
     def _refusals(self, out: Path) -> None:
-        prompts = spread(load_prompts("harmful", "profile"), self.config.refusals.prompts)
+        prompts = spread(self.context.prompts["harmful"], self.config.refusals.prompts)
         refusals = own_refusals(
             load_model(self.context.model_dir),
             self.context.tokenizer,
@@ -95,7 +95,7 @@ class ConstraintParts:
         )
 
     def _answered_by(self) -> dict[str, Any]:
-        sets = prompt_sets("profile")
+        sets = self.context.asked()
         return {
             "prompt_sets": {kind: sets[kind] for kind in HARMLESS},
             "tokenizer": tokenizer_hash(self.context.tokenizer),
@@ -105,7 +105,7 @@ class ConstraintParts:
 
     def _answers(self, out: Path) -> None:
         config = self.config.answers
-        asked = [p for k in HARMLESS for p in spread(load_prompts(k, "profile"), config.prompts)]
+        asked = [p for k in HARMLESS for p in spread(self.context.prompts[k], config.prompts)]
         random.Random(0).shuffle(asked)
         found = own_answers(
             load_model(self.context.model_dir),
@@ -139,7 +139,7 @@ class ConstraintParts:
     def _trained_by(self) -> dict[str, Any]:
         imported = self.context.import_sae
         return {
-            "prompt_sets": prompt_sets("profile"),
+            "prompt_sets": self.context.asked(),
             "tokenizer": tokenizer_hash(self.context.tokenizer),
             "imported": hash_files(imported) if imported else None,
             **asdict(self.config.autoencoder),
@@ -154,12 +154,13 @@ class ConstraintParts:
             out,
             self.config.autoencoder,
             self.context.progress,
+            prompts=self.context.prompts,
             import_from=self.context.import_sae,
         )
 
     def _held_by(self) -> dict[str, Any]:
         return {
-            "prompt_set": prompt_sets("profile")["borderline"],
+            "prompt_set": self.context.asked()["borderline"],
             "tokenizer": tokenizer_hash(self.context.tokenizer),
             "judge": JUDGE_VERSION,
             **asdict(self.config.held_states),
@@ -169,7 +170,7 @@ class ConstraintParts:
         model, tokenizer = load_model(self.context.model_dir), self.context.tokenizer
         config, progress = self.config.held_states.reference(), self.context.progress
         refusals = load_refusals(self.profile.path("refusals"))
-        asked = spread(load_prompts("borderline", "profile"), config.borderline_prompts)
+        asked = spread(self.context.prompts["borderline"], config.borderline_prompts)
         prompts = [prompt.text for prompt in asked]
         rows = harmful_rows(tokenizer, refusals, config)
         rows += answered_rows(model, tokenizer, prompts, config, progress)

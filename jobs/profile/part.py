@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from jobs.profile.config import ProfileConfig
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
-from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
+from safeft.prompts import KINDS, Kind, Prompt, Split, load_prompts, prompt_set_hash
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Context:
-    """What one build is about."""
+    """What one build is about.
+
+    Attributes:
+        prompts: what the base model is asked for the parts of constraints and restorations.
+    """
 
     profile: SafetyProfile
     model_dir: Path
@@ -44,10 +48,15 @@ class Context:
     progress: Progress
     workers: int
     import_sae: Path | None
+    prompts: Mapping[Kind, Sequence[Prompt]]
+
+    def asked(self) -> dict[str, str]:
+        """SHA-256 of `prompts`, by kind."""
+        return {kind: prompt_set_hash(self.prompts[kind]) for kind in KINDS}
 
 
 def prompt_sets(split: Split) -> dict[str, str]:
-    """SHA-256 of the prompts of each kind."""
+    """SHA-256 of the packaged prompts of each kind."""
     return {kind: prompt_set_hash([p.text for p in load_prompts(kind, split)]) for kind in KINDS}
 
 

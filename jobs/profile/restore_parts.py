@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.profile.part import Context, Part, prompt_sets, tokenizer_hash
+from jobs.profile.part import Context, Part, tokenizer_hash
 from safeft.data import encode_prompt
 from safeft.evaluate import JUDGE_VERSION
 from safeft.models import load_model
 from safeft.own_refusals import load_refusals
-from safeft.prompts import load_prompts, spread
+from safeft.prompts import spread
 from safeft.reactivation_targets import (
     TargetRow,
     Targets,
@@ -51,13 +51,13 @@ class RestoreParts:
     def _pruned_by(self) -> dict[str, Any]:
         fields = ("prompts", "domain_prompts", "domain_share", "safety_share")
         return {
-            "prompt_set": prompt_sets("profile")["benign"],
+            "prompt_set": self.context.asked()["benign"],
             "tokenizer": tokenizer_hash(self.tokenizer),
             **{name: getattr(self.config, name) for name in fields},
         }
 
     def _reference_mask(self, out: Path) -> None:
-        prompts = spread(load_prompts("benign", "profile"), self.config.domain_prompts)
+        prompts = spread(self.context.prompts["benign"], self.config.domain_prompts)
         mask = pruning_mask(
             load_model(self.context.model_dir),
             self.tokenizer,
@@ -71,7 +71,7 @@ class RestoreParts:
 
     def _read_by(self) -> dict[str, Any]:
         return {
-            "prompt_set": prompt_sets("profile")["borderline"],
+            "prompt_set": self.context.asked()["borderline"],
             "tokenizer": tokenizer_hash(self.tokenizer),
             "judge": JUDGE_VERSION,
             **asdict(self.config),
@@ -79,7 +79,7 @@ class RestoreParts:
 
     def _reminder_states(self, out: Path) -> None:
         reference = load_model(self.context.model_dir)
-        borderline = spread(load_prompts("borderline", "profile"), self.config.borderline_prompts)
+        borderline = spread(self.context.prompts["borderline"], self.config.borderline_prompts)
         answered = answered_rows(
             reference,
             self.tokenizer,
