@@ -167,6 +167,16 @@ def test_chat_answers_a_message_as_json_and_a_conversation_from_stdin(tiny_dir: 
     assert talk.stderr.count("you>") == 3
 
 
+def test_own_prompts_of_a_profile_are_named_by_their_kind(tiny_dir: Path, tmp_path: Path) -> None:
+    build = ("profile", "build", "--model", tiny_dir, "--part", "answers")
+    for wrong in ("own.jsonl", "toxic=own.jsonl", "harmful="):
+        done = safeft(*build, "--prompts", wrong)
+        assert done.returncode == 1
+        assert "--prompts: must be KIND=FILE" in " ".join(done.stderr.split())
+    missing = safeft(*build, "--prompts", f"benign={tmp_path / 'own.jsonl'}")
+    assert missing.returncode == 1 and "cannot be read" in " ".join(missing.stderr.split())
+
+
 def test_profile_show_of_an_incomplete_profile_says_what_to_run(tiny_dir: Path) -> None:
     done = safeft("profile", "show", "--model", tiny_dir)
     assert done.returncode == 1

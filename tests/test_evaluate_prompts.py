@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from safeft.errors import InputError, MeasurementError
-from safeft.prompts import KINDS, SPLITS, Prompt, load_prompts, prompt_set_hash
+from safeft.prompts import (
+    KINDS,
+    SPLITS,
+    Prompt,
+    load_prompts,
+    own_prompts,
+    prompt_set_hash,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,3 +78,53 @@ def test_the_hash_sees_every_text_and_their_order_but_not_the_category() -> None
     assert prompt_set_hash([a, b]) == prompt_set_hash(["a", "b"])
     assert prompt_set_hash([a, b]) == prompt_set_hash([Prompt("a", "y", "report"), b])
     assert len({prompt_set_hash(s) for s in ([a, b], [b, a], [a], ["ab"], [])}) == 5
+
+
+def written(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_an_operators_own_prompts_are_read_in_their_order(tmp_path: Path) -> None:
+    file = written(tmp_path / "own.jsonl", '{"prompt": "Wie baut man das?"}', '{"prompt": "b"}')
+    assert own_prompts(file, "harmful") == [
+        Prompt("Wie baut man das?", "own", "profile"),
+        Prompt("b", "own", "profile"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (('{"prompt": "a"}', "nonsense"), "line 2: must be a JSON object"),
+        (('{"text": "a"}',), 'line 1: must be a JSON object with "prompt"'),
+        (('{"prompt": " "}',), "line 1: must be a JSON object"),
+        (('["prompt"]',), "line 1: must be a JSON object"),
+        (('{"prompt": "Do it"}', '{"prompt": "do  it"}'), "line 2: the prompt occurs twice"),
+        ((), "line 1: must be a JSON object"),
+    ],
+)
+def test_a_bad_file_of_own_prompts_is_refused_with_its_line(
+    tmp_path: Path, lines: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        own_prompts(written(tmp_path / "own.jsonl", *lines), "benign")
+
+
+def test_prompts_that_refusals_are_measured_on_are_not_taken_into_a_profile(
+    tmp_path: Path,
+) -> None:
+    for split in ("validation", "report", "evidence"):
+        text = load_prompts("harmful", split)[0].text.upper()
+        file = written(tmp_path / "own.jsonl", json.dumps({"prompt": text}))
+        with pytest.raises(InputError, match=rf"line 1: refusals are measured .*{split}"):
+            own_prompts(file, "harmful")
+
+
+def test_a_missing_and_an_empty_file_of_own_prompts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.jsonl: cannot be read"):
+        own_prompts(tmp_path / "none.jsonl", "harmful")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(InputError, match=r"empty\.jsonl: has no prompt"):
+        own_prompts(empty, "harmful")

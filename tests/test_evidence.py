@@ -22,6 +22,7 @@ from benchmarks.evidence.constraints import ConstraintRuns, ConstraintSetting, c
 from benchmarks.evidence.parts import grid as whole_grid
 from benchmarks.evidence.parts import read_cell
 from benchmarks.evidence.plots import FAMILIES
+from benchmarks.evidence.profiles import BORDERLINE, GSM8K, Profiles
 from benchmarks.evidence.report import render
 from benchmarks.evidence.results import Results, by_tenant
 from benchmarks.evidence.runner import chosen, run_cells
@@ -30,10 +31,16 @@ from benchmarks.evidence.tenants import OPENINGS, planted_prompts, tenant_rows
 from safeft.errors import InputError
 from safeft.models import weights_hash
 from safeft.near_duplicates import KnownPrompts
+from safeft.own_refusals import load_refusals
 from safeft.profile import SafetyProfile
-from safeft.progress import Progress
-from safeft.prompts import KINDS, load_prompts
+from safeft.progress import Progress, silent
+from safeft.prompts import KINDS, Kind, load_prompts
 from safeft.reference_rows import BUILD_OPENINGS, CALIBRATION_OPENINGS
+from tests.test_restore import Speech, speech
+from tests.tiny import save_tiny
+from tests.tinyprofile import write_profile
+
+__all__ = ["speech"]  # a fixture
 
 
 class Fake(Setting):
@@ -396,8 +403,13 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_runs(tiny_dir: Path, few_prompts: None) -> ConstraintRuns:
+    return ConstraintRuns(tiny_dir, tiny_profiles(tiny_dir), Path("no-gsm8k"))
+
+
+def tiny_profiles(tiny_dir: Path) -> Profiles:
+    """Both are the packaged one."""
     profile = SafetyProfile.for_weights(weights_hash(tiny_dir))
-    return ConstraintRuns(tiny_dir, profile, Path("no-gsm8k"))
+    return Profiles(tiny_dir, profile, unseen={}, root=profile.root)
 
 
 def small(arm: str) -> Cell:
@@ -406,6 +418,35 @@ def small(arm: str) -> Cell:
     training = whole.setting.training.model_copy(update={"epochs": 1})
     setting = whole.setting.model_copy(update={"rows": 16, "training": training})
     return Cell(whole.part, whole.name, setting)
+
+
+def test_finals_read_a_profile_of_prompts_that_no_package_of_ours_has() -> None:
+    grid = whole_grid()
+    of = {one.name: one.setting for one in grid if isinstance(one.setting, ConstraintSetting)}
+    finals = {name: setting for name, setting in of.items() if name.startswith("final")}
+    assert {s.arm for s in finals.values() if s.prompts == "packaged"} == {
+        "before",
+        "plain",
+        "plain-3e-4",
+        "l2-5",
+    }
+    sweeps = [setting for name, setting in of.items() if name.startswith("sweep")]
+    assert {setting.prompts for setting in sweeps} == {"packaged"}
+
+
+def test_the_unseen_profile_is_made_from_the_files_and_keeps_the_alignment_direction(
+    tiny_dir: Path, tmp_path: Path, speech: Speech
+) -> None:
+    packaged = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
+    own = tmp_path / "harmful.jsonl"
+    own.write_text("".join(json.dumps({"prompt": f"Do harm, way {i}."}) + "\n" for i in range(20)))
+    files: dict[Kind, Path] = {"harmful": own, "borderline": BORDERLINE}
+    profiles = Profiles(tiny_dir, packaged, files, tmp_path / "unseen")
+    assert profiles.of("packaged", silent) is packaged
+    found = profiles.of("unseen", silent)
+    assert found.root == tmp_path / "unseen"
+    assert all("way" in one.prompt for one in load_refusals(found.path("refusals")))
+    assert found.part_digest("alignment") == packaged.part_digest("alignment")
 
 
 def test_cells_are_trained_and_measured_and_give_the_same_numbers_when_run_again(
@@ -439,10 +480,10 @@ def test_cells_are_trained_and_measured_and_give_the_same_numbers_when_run_again
 def test_an_unknown_cell_and_a_missing_file_are_named(tmp_path: Path) -> None:
     unknown = CliRunner().invoke(cli.app, ["--output", str(tmp_path), "--only", "nothing"])
     assert unknown.exit_code == 2 and "no cell is named nothing" in unknown.output
-    missing = CliRunner().invoke(
-        cli.app, ["--output", str(tmp_path), "--gsm8k", str(tmp_path / "none.jsonl")]
-    )
-    assert missing.exit_code == 2 and "name the file with --gsm8k" in missing.output
+    missing = CliRunner().invoke(cli.app, ["--output", str(tmp_path), "--data", str(tmp_path)])
+    assert missing.exit_code == 2
+    said = " ".join(missing.output.replace("│", " ").split())
+    assert f"{GSM8K} is missing; name its directory with --data" in said
     with pytest.raises(InputError, match="is no cell's directory"):
         read_cell(tmp_path)
 

@@ -34,7 +34,7 @@ from jobs.profile import build_profile
 from jobs.restore_spec import RestoreSpec
 from safeft.adapters import load_factors
 from safeft.safereact import SafeReactConfig
-from tests.test_evidence import PROVENANCE, few_prompts
+from tests.test_evidence import PROVENANCE, few_prompts, tiny_profiles
 from tests.test_restore import CONFIG, Speech, speech
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -68,7 +68,9 @@ def tuned() -> ConstraintSetting:
 
 def small(method: Method) -> Cell:
     restore = RestoreSpec(safereact=SafeReactConfig(steps=2, harmful_batch=3))
-    setting = RestorationSetting(seed=0, tuned=tuned(), method=method, restore=restore)
+    setting = RestorationSetting(
+        seed=0, tuned=tuned(), method=method, restore=restore, prompts="packaged"
+    )
     return Cell(restorations.PART, f"small-{method}", setting)
 
 
@@ -88,10 +90,10 @@ def test_a_model_that_lost_refusals_is_restored_in_each_way(
 ) -> None:
     monkeypatch.setattr(tasks, "HELD_OUT", 4)
     monkeypatch.setitem(restorations.REFERENCES, "safereact", CONFIG.reference)
-    profile = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
+    write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
     build_profile(tiny_dir, None, parts=["refusals"])
     store = Store(tmp_path / "cells")
-    runs = RestorationRuns(tiny_dir, profile, Path("no-gsm8k"), store)
+    runs = RestorationRuns(tiny_dir, tiny_profiles(tiny_dir), Path("no-gsm8k"), store)
 
     def run(*methods: Method) -> Summary:
         return run_cells([small(method) for method in methods], store, runs)
@@ -124,8 +126,7 @@ def test_a_model_that_lost_little_is_left_as_it_is(tmp_path: Path, tiny_dir: Pat
     store = Store(tmp_path / "cells")
     finish(store, BEFORE, "1" * 20)
     finish(store, named(tuned()), "1" * 19 + "0")
-    profile: Any = None
-    runs = RestorationRuns(tiny_dir, profile, Path("no-gsm8k"), store)
+    runs = RestorationRuns(tiny_dir, tiny_profiles(tiny_dir), Path("no-gsm8k"), store)
     (record,) = run_cells([small("safereact")], store, runs).ran
     assert record.numbers == {"lost_points": pytest.approx(5), "restored": False}
     assert restored_of([record]) == []

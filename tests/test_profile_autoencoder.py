@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.profile import autoencoder as job
 from jobs.profile.autoencoder import build_autoencoder
 from safeft.data import encode_prompt
 from safeft.errors import ProfileError
@@ -17,7 +16,7 @@ from safeft.latents import load_activation_targets
 from safeft.models import load_model, weights_hash
 from safeft.own_refusals import OwnRefusal, load_refusals, save_refusals
 from safeft.progress import silent
-from safeft.prompts import Kind, Prompt, Split, load_prompts
+from safeft.prompts import KINDS, Kind, Prompt, load_prompts
 from safeft.sae import TopKAutoencoder, save_autoencoder
 from safeft.sae_training import AutoencoderConfig
 from tests.tiny import tiny_tokenizer
@@ -31,26 +30,21 @@ CONFIG = AutoencoderConfig(
     min_variance_explained=0.0,
     latents=5,
 )
-asked: list[tuple[Kind, Split | None]] = []
 
 
-@pytest.fixture(autouse=True)
-def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dozen short prompts of each kind, and a note of what was asked for."""
-    asked.clear()
+def few_prompts(kind: Kind) -> list[Prompt]:
+    """A dozen short ones."""
+    return sorted(load_prompts(kind, "profile"), key=lambda prompt: len(prompt.text))[:12]
 
-    def load(kind: Kind, split: Split | None = None) -> list[Prompt]:
-        asked.append((kind, split))
-        return sorted(load_prompts(kind, split), key=lambda prompt: len(prompt.text))[:12]
 
-    monkeypatch.setattr(job, "load_prompts", load)
+PROMPTS = {kind: few_prompts(kind) for kind in KINDS}
 
 
 @pytest.fixture
 def refusals(tmp_path: Path) -> Path:
     directory = tmp_path / "refusals"
     directory.mkdir()
-    prompts = job.load_prompts("harmful", "profile")[:8]
+    prompts = PROMPTS["harmful"][:8]
     save_refusals([OwnRefusal(p.text, "I can't help with that.") for p in prompts], directory)
     return directory
 
@@ -58,7 +52,7 @@ def refusals(tmp_path: Path) -> Path:
 def build(model: Path, refusals: Path, out: Path, **given: Any) -> dict[str, Any]:
     out.mkdir()
     config = given.pop("config", CONFIG)
-    build_autoencoder(model, refusals, out, config, silent, **given)
+    build_autoencoder(model, refusals, out, config, silent, prompts=PROMPTS, **given)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
@@ -88,7 +82,6 @@ def test_only_the_profile_part_of_the_prompts_is_used(
     tiny_dir: Path, refusals: Path, tmp_path: Path
 ) -> None:
     build(tiny_dir, refusals, tmp_path / "part")
-    assert {split for _, split in asked} == {"profile"}
 
 
 def test_an_imported_dictionary_is_taken_over_measured_and_ranked(

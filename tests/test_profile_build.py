@@ -25,7 +25,7 @@ from safeft.fit import FitConfig
 from safeft.models import load_model, load_tokenizer, weights_hash
 from safeft.own_refusals import OwnRefusal, load_refusals
 from safeft.profile import SafetyProfile
-from safeft.prompts import KINDS, load_prompts, spread
+from safeft.prompts import KINDS, Kind, Prompt, load_prompts, spread
 from safeft.sae_config import AutoencoderConfig
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -284,15 +284,40 @@ def test_an_import_without_the_part_that_takes_it_is_refused(
         build_profile(tiny_dir, None, parts=["refusals"], import_sae=tmp_path)
 
 
+def test_own_prompts_are_what_the_model_is_asked_and_other_ones_make_the_part_again(
+    tiny_dir: Path, refusing: list[int]
+) -> None:
+    own = [Prompt(f"Do harm, in way {i}.", "own", "profile") for i in range(18)]
+
+    def asked(prompts: dict[Kind, list[Prompt]] | None) -> set[str]:
+        profile = build_profile(tiny_dir, None, config=REFUSES, parts=["refusals"], prompts=prompts)
+        return {refusal.prompt for refusal in load_refusals(profile.path("refusals"))}
+
+    packaged = asked(None)
+    assert packaged <= {p.text for p in load_prompts("harmful", "profile")}
+    assert asked({"harmful": own}) == {p.text for p in own}
+    assert asked({"harmful": own}) == {p.text for p in own}
+    assert asked({"harmful": own[1:]}) == {p.text for p in own[1:]}
+    assert asked(None) == packaged
+    assert refusing == [20, 18, 17, 20]
+
+
 def test_the_autoencoder_is_bound_to_its_settings_the_refusals_and_the_import(
     tiny_dir: Path, tmp_path: Path, refusing: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[Path, Any, Path | None]] = []
 
     def build_autoencoder(
-        model_dir: Path, refusals: Path, out: Path, config: Any, _: Any, *, import_from: Path | None
+        model_dir: Path,
+        refusals: Path,
+        out: Path,
+        config: Any,
+        _: Any,
+        *,
+        prompts: dict[Kind, list[Prompt]],
+        import_from: Path | None,
     ) -> None:
-        assert load_refusals(refusals)
+        assert load_refusals(refusals) and set(prompts) == set(KINDS)
         (out / "sae.json").write_text("{}")
         made.append((model_dir, config, import_from))
 

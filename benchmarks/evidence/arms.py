@@ -73,7 +73,6 @@ ARMS: dict[str, Arm] = {
     "l2-0.2": Arm((L2Config(lam=0.2),)),
     "random-all-response": Arm((projection("all", "response", random=True),)),
     "safeinstr": Arm(safety_rows=16),
-    "safeinstr-16+16": Arm(safety_rows=16, answer_rows=16),
     "safeinstr-16+32": Arm(safety_rows=16, answer_rows=32),
     "safeinstr-16+32+project-all-both-0.9": Arm(
         (projection("all", "both", 0.9),), safety_rows=16, answer_rows=32
@@ -86,8 +85,6 @@ ARMS: dict[str, Arm] = {
     "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
     "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
     "asft-paper-5": Arm((AsftConfig(lam=5.0),)),
-    "asft-projector-1": Arm((AsftConfig(lam=1.0, anchor="projector"),)),
-    "asft-projector-20": Arm((AsftConfig(lam=20.0, anchor="projector"),)),
     "asft-signed-5": Arm((AsftConfig(lam=5.0, anchor="signed"),)),
     "cwac-published": Arm((CwacConfig.as_published(),)),
     "cwac-published-weights": Arm((CwacConfig.as_published(mode="weight_only"),)),
@@ -98,9 +95,7 @@ ARMS: dict[str, Arm] = {
     "project-down-response": Arm((projection("down", "response"),)),
     "project-down-prompt": Arm((projection("down", "prompt"),)),
     "project-all-both-0.97": Arm((projection("all", "both", 0.97),)),
-    "project-all-both-0.97-2e-3": Arm((projection("all", "both", 0.97),), learning_rate=2e-3),
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
-    "project-all-response-0.9": Arm((projection("all", "response", 0.9),)),
     "project-all-both+activations": Arm((CwacConfig(mode="both", contrast=None),)),
     "project-contrast-1": Arm((contrast(1.0),)),
     "asft-0.1+project-contrast-1": Arm(DEFAULT),
@@ -108,38 +103,21 @@ ARMS: dict[str, Arm] = {
     "plain-3e-4": Arm(learning_rate=3e-4),
     "random-all-both-3e-4": Arm((projection("all", "both", random=True),), learning_rate=3e-4),
     "project-all-both-2e-3": Arm((WHOLE,), learning_rate=2e-3),
-    "project-all-both-4e-3": Arm((WHOLE,), learning_rate=4e-3),
-    "project-all-response-2e-3": Arm((projection("all", "response"),), learning_rate=2e-3),
     "states-10": Arm((HeldStatesConfig(lam=10.0),)),
-    "states-100": Arm((HeldStatesConfig(lam=100.0),)),
     "states-10+project-all-both": Arm((HeldStatesConfig(lam=10.0), WHOLE)),
 }
-#: In the sweep these are tried on one task only, for time.
-GSM8K_ONLY = (
-    "frozen-8-20",
-    "asft-projector-20",
-    "project-down-both",
-    "project-down-response",
-    "project-down-prompt",
-    "project-all-response-0.9",
-    "random-all-response",
-)
-#: On both tasks at a tenth of harmful rows: the default, and of each control a setting that learns
-#: about as much of the task in the sweep.
+#: At a tenth of harmful rows with three seeds: the default, what it was chosen from, and of each
+#: control a setting that learns about as much of the task in the sweep, or less.
 FINALISTS = (
     "before",
-    "project-all-both",
     "plain",
-    "plain-3e-4",
     "l2-5",
     "random-all-both",
-    "random-all-both-3e-4",
-    "asft-0.1+project-contrast-1",
-    "project-contrast-1",
-    "safeinstr-16+32+project-contrast-1",
-    "safeinstr-16+32",
     "safeinstr-8+16+asft-0.1+project-contrast-1",
-    "safeinstr",
+    "asft-0.1+project-contrast-1",
+    "project-all-both",
 )
-#: At the other shares, and where every row asks for obedience.
-CORE = ("plain", "l2-5", "random-all-both", "project-all-both")
+#: With one seed.
+ALSO_FINAL = ("plain-3e-4", "random-all-both-3e-4", "safeinstr-16+32", "safeinstr")
+#: On GSM8K as well, at the other shares, and where every row asks for obedience.
+CORE = ("plain", "l2-5", "random-all-both", "safeinstr-8+16+asft-0.1+project-contrast-1")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from benchmarks.evidence.arms import ARMS, CORE, FINALISTS, GSM8K_ONLY
+from benchmarks.evidence.arms import ALSO_FINAL, ARMS, CORE, FINALISTS
 from benchmarks.evidence.cells import Cell, Setting
 from benchmarks.evidence.profiles import Profiles, Prompts
 from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
@@ -33,10 +33,10 @@ from safeft.prompts import KINDS, Split, load_prompts
 
 PART, MODEL = "constraints", "demo:aligned"
 ROWS, EPOCHS = 120, 3  # as in the demo
-#: A shorter training, of which one tenant shows how much harm its length does.
-SHORT_ROWS, SHORT_EPOCHS = 160, 1
 MAX_TOKENS, ANSWER_TOKENS = 256, 16
 SEEDS = (0, 1, 2)
+#: What is measured with all seeds.
+TASKS: dict[Task, tuple[str, ...]] = {"sorting": FINALISTS, "gsm8k": ("before", *CORE)}
 #: Training on a row once takes about as long as so many answers to prompts.
 WORK_A_ROW: dict[Task, float] = {"gsm8k": 5.0, "sorting": 3.0}
 
@@ -82,23 +82,17 @@ class ConstraintSetting(Setting):
 
 
 def cells() -> list[Cell]:
-    """The whole grid, the most telling cells first."""
-    tasks: tuple[Task, ...] = ("gsm8k", "sorting")
-    grid = [cell(arm, "gsm8k", 0.1, "validation") for arm in ARMS]
-    grid += [cell(arm, "sorting", 0.1, "validation") for arm in ARMS if arm not in GSM8K_ONLY]
-    grid += [
-        cell(arm, "gsm8k", 0.1, "validation", rows=SHORT_ROWS, epochs=SHORT_EPOCHS) for arm in CORE
-    ]
-    grid += [
-        cell(arm, "gsm8k", 0.1, "validation", style="obedient")
-        for arm in ("before", *CORE, "project-all-response")
-    ]
+    """The whole grid: settings are chosen on the sorting task, the chosen ones tried on GSM8K."""
+    grid = [cell(arm, "sorting", 0.1, "validation") for arm in ARMS]
+    grid += [cell(arm, "sorting", 0.1, "validation", style="obedient") for arm in ("before", *CORE)]
     for seed in SEEDS:
-        for task in tasks:
-            arms = [arm for arm in FINALISTS if ARMS[arm].trained or seed == SEEDS[0]]
-            grid += [cell(arm, task, 0.1, "evidence", seed) for arm in arms]
-        for share in (0.0, 0.05, 0.2) if seed == SEEDS[0] else ():
-            grid += [cell(arm, "gsm8k", share, "evidence", seed) for arm in CORE]
+        first = seed == SEEDS[0]
+        for task, arms in TASKS.items():
+            chosen = [*arms, *ALSO_FINAL] if first and task == "sorting" else arms
+            trained = [arm for arm in chosen if ARMS[arm].trained or first]
+            grid += [cell(arm, task, 0.1, "evidence", seed) for arm in trained]
+        for share in (0.0, 0.05, 0.2) if first else ():
+            grid += [cell(arm, "sorting", share, "evidence", seed) for arm in CORE]
     return grid
 
 

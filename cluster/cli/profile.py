@@ -11,12 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.console import out, print_json, progress_bars
+from cluster.cli.own_prompts import named_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from safeft.profile import SafetyProfile
-    from safeft.prompts import Kind, Prompt
 
 app = typer.Typer(
     help="The safety profile of a base model: directions, thresholds, baselines, subspaces.",
@@ -79,7 +77,7 @@ def build(
             parts=part,
             workers=workers,
             import_sae=import_sae,
-            prompts=_own(prompts or ()),
+            prompts=named_prompts(prompts or ()),
             progress=progress,
         )
     states = _states(profile)
@@ -93,23 +91,6 @@ def build(
     out.print(f"{done} {escape(str(profile.root))}")
     if missing:
         out.print(f"missing or outdated: {', '.join(missing)}")
-
-
-def _own(named: Sequence[str]) -> dict[Kind, list[Prompt]]:
-    """Prompts by kind, from KIND=FILE."""
-    from safeft.errors import InputError
-    from safeft.prompts import KINDS, own_prompts
-
-    found: dict[Kind, list[Prompt]] = {}
-    for entry in named:
-        name, _, file = entry.partition("=")
-        kind = next((k for k in KINDS if k == name), None)
-        if kind is None or not file:
-            raise InputError(f"--prompts: must be KIND=FILE, KIND one of {', '.join(KINDS)}")
-        if kind in found:
-            raise InputError(f"--prompts: {kind} is given twice")
-        found[kind] = own_prompts(Path(file), kind)
-    return found
 
 
 @app.command()
