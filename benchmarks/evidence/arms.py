@@ -81,6 +81,8 @@ ARMS: dict[str, Arm] = {
     "safeinstr-16+32+project-contrast-0.5": Arm((contrast(0.5),), safety_rows=16, answer_rows=32),
     "safeinstr-16+32+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=16, answer_rows=32),
     "safeinstr-8+16+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=8, answer_rows=16),
+    "safeinstr-8+8+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=8, answer_rows=8),
+    "safeinstr-16+16+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=16, answer_rows=16),
     "safelora": Arm((SafeLoraConfig(),)),
     "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
     "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
