@@ -82,7 +82,6 @@ ARMS: dict[str, Arm] = {
     "safeinstr-16+32+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=16, answer_rows=32),
     "safeinstr-8+16+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=8, answer_rows=16),
     "safeinstr-8+8+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=8, answer_rows=8),
-    "safeinstr-16+16+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=16, answer_rows=16),
     "safelora": Arm((SafeLoraConfig(),)),
     "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
     "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
@@ -115,11 +114,16 @@ FINALISTS = (
     "plain",
     "l2-5",
     "random-all-both",
-    "safeinstr-8+16+asft-0.1+project-contrast-1",
     "asft-0.1+project-contrast-1",
     "project-all-both",
 )
 #: With one seed.
-ALSO_FINAL = ("plain-3e-4", "random-all-both-3e-4", "safeinstr-16+32", "safeinstr")
+ALSO_FINAL = (
+    "safeinstr-8+16+asft-0.1+project-contrast-1",
+    "plain-3e-4",
+    "random-all-both-3e-4",
+    "safeinstr-16+32",
+    "safeinstr",
+)
 #: On GSM8K as well, at the other shares, and where every row asks for obedience.
-CORE = ("plain", "l2-5", "random-all-both", "safeinstr-8+16+asft-0.1+project-contrast-1")
+CORE = ("plain", "l2-5", "random-all-both", "asft-0.1+project-contrast-1")
