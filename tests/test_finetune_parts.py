@@ -24,6 +24,7 @@ from jobs.finetune.masters import trained_parameters
 from jobs.finetune.model import load_trained_model
 from jobs.finetune.parts import needed_parts, part_hashes
 from jobs.finetune.telemetry import MetricsLog, read_metrics
+from jobs.spec import DataSpec, FinetuneSpec
 from safeft.cache import sha256_file
 from safeft.constraints import ProfileFiles
 from safeft.constraints.alignment import AlignmentDirection, save_directions
@@ -221,6 +222,41 @@ def test_lora_and_full_training_are_different_runs(tiny_dir: Path, tmp_path: Pat
         for lora in ({"rank": 4}, None)
     )
     assert model.difference(adapter) == "lora: unset there, null now"
+
+
+def test_a_spec_that_says_nothing_new_is_bound_as_earlier_versions_bound_it(
+    tmp_path: Path, tiny_dir: Path
+) -> None:
+    """Or a finished run would be refused as another one after an upgrade: a new setting that
+    changes nothing by default is left out there (`exclude_if`)."""
+    spec = FinetuneSpec(
+        name="x", model="m", data=DataSpec(train=tmp_path / "rows.jsonl"), output=tmp_path
+    )
+    table = RowTable(rows_to_table(make_rows()))
+    assert identify(spec, table, tiny_dir, ProfileFiles()).settings == {
+        "data": {"max_tokens": 512, "safety_rows": 0},
+        "lora": {
+            "rank": 8,
+            "alpha": 32.0,
+            "dropout": 0.0,
+            "target_modules": ["q_proj", "v_proj"],
+        },
+        "training": {
+            "epochs": 3,
+            "batch_size": 8,
+            "learning_rate": 5e-05,
+            "warmup_ratio": 0.03,
+            "schedule": "linear",
+            "weight_decay": 0.0,
+            "adam_eps": 1e-08,
+            "max_grad_norm": 1.0,
+            "seed": 0,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+        "constraints": [],
+        "distributed": {"zero_stage": 0, "use_gpu": False},
+    }
 
 
 def test_every_part_of_the_profile_binds_the_run(tiny_dir: Path, tmp_path: Path) -> None:
