@@ -23,7 +23,7 @@ from benchmarks.evidence.parts import grid as whole_grid
 from benchmarks.evidence.parts import read_cell
 from benchmarks.evidence.plots import FAMILIES
 from benchmarks.evidence.profiles import BORDERLINE, GSM8K, Profiles
-from benchmarks.evidence.report import render
+from benchmarks.evidence.report import render, write_report
 from benchmarks.evidence.results import Results, by_tenant
 from benchmarks.evidence.runner import chosen, run_cells
 from benchmarks.evidence.statistics import exact_two_sided, majority, paired
@@ -394,6 +394,15 @@ def test_the_page_in_the_repository_is_the_one_that_its_results_give() -> None:
     for name, content in images.items():
         path = cli.ROOT / "docs" / "images" / name
         assert path.is_file() and len(content) < 150_000
+
+
+def test_plots_of_what_there_was_earlier_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("evidence-gone.svg", "serving.svg"):
+        (tmp_path / "images" / name).touch()
+    written = write_report(Results.read(cli.RESULTS), tmp_path)
+    kept = {path.name for path in (tmp_path / "images").iterdir()}
+    assert kept == {"serving.svg", *(path.name for path in written if path.suffix == ".svg")}
 
 
 @pytest.fixture

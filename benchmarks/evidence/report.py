@@ -32,12 +32,17 @@ from benchmarks.evidence.results import (
 from safeft.cache import write_whole
 
 PAGE, IMAGES = "evidence.md", "images"
+_PLOT = "evidence-"
 
 
 def write_report(results: Results, docs: Path) -> list[Path]:
-    """Write the page and its plots below `docs`; returns what was written."""
+    """Write the page and its plots below `docs`, and remove plots of what there was earlier;
+    returns what was written."""
     text, images = render(results)
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
+    for earlier in (docs / IMAGES).glob(f"{_PLOT}*.svg"):
+        if earlier.name not in images:
+            earlier.unlink()
     for name, content in images.items():
         write_whole(docs / IMAGES / name, content)
     write_whole(docs / PAGE, text)
@@ -68,7 +73,7 @@ def render(results: Results) -> tuple[str, dict[str, bytes]]:
 
 
 def _image(tenant: Tenant) -> str:
-    return f"evidence-{tenant.key}.svg"
+    return f"{_PLOT}{tenant.key}.svg"
 
 
 def _head(results: Results) -> str:
