@@ -36,11 +36,8 @@ from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS, Kind, load_prompts
 from safeft.reference_rows import BUILD_OPENINGS, CALIBRATION_OPENINGS
-from tests.test_restore import Speech, speech
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
-
-__all__ = ["speech"]  # a fixture
 
 
 class Fake(Setting):
@@ -444,8 +441,13 @@ def test_finals_read_a_profile_of_prompts_that_no_package_of_ours_has() -> None:
 
 
 def test_the_unseen_profile_is_made_from_the_files_and_keeps_the_alignment_direction(
-    tiny_dir: Path, tmp_path: Path, speech: Speech
+    tiny_dir: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def speaks(_: Any, __: Any, prompts: list[str], **___: Any) -> list[str]:
+        return ["I can't help with that." if "harm" in p else "Like this:" for p in prompts]
+
+    for module in ("safeft.own_refusals", "safeft.evaluate.refusals"):
+        monkeypatch.setattr(f"{module}.generate_greedy", speaks)
     packaged = write_profile(tiny_dir, save_tiny(tmp_path / "unaligned", seed=1), threshold=1e9)
     own = tmp_path / "harmful.jsonl"
     own.write_text("".join(json.dumps({"prompt": f"Do harm, way {i}."}) + "\n" for i in range(20)))
@@ -491,8 +493,8 @@ def test_an_unknown_cell_and_a_missing_file_are_named(tmp_path: Path) -> None:
     assert unknown.exit_code == 2 and "no cell is named nothing" in unknown.output
     missing = CliRunner().invoke(cli.app, ["--output", str(tmp_path), "--data", str(tmp_path)])
     assert missing.exit_code == 2
-    said = " ".join(missing.output.replace("│", " ").split())
-    assert f"{GSM8K} is missing; name its directory with --data" in said
+    said = "".join(missing.output.replace("│", " ").split())
+    assert f"{GSM8K}ismissing;nameitsdirectorywith--data" in said
     with pytest.raises(InputError, match="is no cell's directory"):
         read_cell(tmp_path)
 
