@@ -119,6 +119,7 @@ FINALISTS = (
 )
 #: With one seed.
 ALSO_FINAL = (
+    "project-contrast-1",
     "safeinstr-8+16+asft-0.1+project-contrast-1",
     "plain-3e-4",
     "random-all-both-3e-4",
