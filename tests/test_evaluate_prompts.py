@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from safeft.errors import InputError, MeasurementError
+from safeft.own_prompts import own_prompts
 from safeft.prompts import (
     KINDS,
     SPLITS,
+    Kind,
     Prompt,
     load_prompts,
-    own_prompts,
     prompt_set_hash,
 )
 
@@ -93,15 +94,28 @@ def test_an_operators_own_prompts_are_read_in_their_order(tmp_path: Path) -> Non
     ]
 
 
+def test_what_json_lines_may_hold_is_read(tmp_path: Path) -> None:
+    lines = ('{"prompt": "one\u2028line"}', "", json.dumps({"prompt": "two"}), "")
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [p.text for p in own_prompts(file, "benign")] == ["one\u2028line", "two"]
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (('{"prompt": "a"}', "nonsense"), "line 2: must be a JSON object"),
-        (('{"text": "a"}',), 'line 1: must be a JSON object with "prompt"'),
-        (('{"prompt": " "}',), "line 1: must be a JSON object"),
-        (('["prompt"]',), "line 1: must be a JSON object"),
+        (('{"prompt": "a"}', "nonsense"), "line 2: not valid JSON"),
+        (('{"text": "a"}',), 'line 1: "prompt" must be a string with text'),
+        (('{"prompt": " "}',), 'line 1: "prompt" must be a string with text'),
+        ((r'{"prompt": "\ud800"}',), 'line 1: "prompt" must be a string with text'),
+        ((r'{"prompt": "a\u0000"}',), 'line 1: "prompt" must be a string with text'),
+        (('"prompt"',), "line 1: must be a JSON object"),
+        (('["prompt"]',), "holds a JSON array"),
+        (("[" * 100_000,), "holds a JSON array"),
+        (('{"prompt": ' + "[" * 60_000,), "line 1: nested too deeply"),
+        (('{"prompt": "' + "a" * 70_000 + '"}',), "line 1: longer than"),
         (('{"prompt": "Do it"}', '{"prompt": "do  it"}'), "line 2: the prompt occurs twice"),
-        ((), "line 1: must be a JSON object"),
+        ((), "has no prompt"),
     ],
 )
 def test_a_bad_file_of_own_prompts_is_refused_with_its_line(
@@ -111,20 +125,17 @@ def test_a_bad_file_of_own_prompts_is_refused_with_its_line(
         own_prompts(written(tmp_path / "own.jsonl", *lines), "benign")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompts_that_refusals_are_measured_on_are_not_taken_into_a_profile(
-    tmp_path: Path,
+    tmp_path: Path, kind: Kind
 ) -> None:
     for split in ("validation", "report", "evidence"):
-        text = load_prompts("harmful", split)[0].text.upper()
+        text = load_prompts("borderline", split)[0].text.upper()
         file = written(tmp_path / "own.jsonl", json.dumps({"prompt": text}))
         with pytest.raises(InputError, match=rf"line 1: refusals are measured .*{split}"):
-            own_prompts(file, "harmful")
+            own_prompts(file, kind)
 
 
-def test_a_missing_and_an_empty_file_of_own_prompts_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_of_own_prompts_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl: cannot be read"):
         own_prompts(tmp_path / "none.jsonl", "harmful")
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    with pytest.raises(InputError, match=r"empty\.jsonl: has no prompt"):
-        own_prompts(empty, "harmful")

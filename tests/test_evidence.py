@@ -22,7 +22,7 @@ from benchmarks.evidence.constraints import ConstraintRuns, ConstraintSetting, c
 from benchmarks.evidence.parts import grid as whole_grid
 from benchmarks.evidence.parts import read_cell
 from benchmarks.evidence.plots import FAMILIES
-from benchmarks.evidence.profiles import BORDERLINE, GSM8K, Profiles
+from benchmarks.evidence.profiles import BORDERLINE, GSM8K, UNSEEN_SHA256, Profiles
 from benchmarks.evidence.report import render, write_report
 from benchmarks.evidence.results import Results, by_tenant
 from benchmarks.evidence.runner import chosen, run_cells
@@ -31,10 +31,11 @@ from benchmarks.evidence.tenants import OPENINGS, planted_prompts, tenant_rows
 from safeft.errors import InputError
 from safeft.models import weights_hash
 from safeft.near_duplicates import KnownPrompts
+from safeft.own_prompts import own_prompts
 from safeft.own_refusals import load_refusals
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
-from safeft.prompts import KINDS, Kind, load_prompts
+from safeft.prompts import KINDS, Kind, compared, load_prompts, prompt_set_hash
 from safeft.reference_rows import BUILD_OPENINGS, CALIBRATION_OPENINGS
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
@@ -415,7 +416,7 @@ def tiny_runs(tiny_dir: Path, few_prompts: None) -> ConstraintRuns:
 def tiny_profiles(tiny_dir: Path) -> Profiles:
     """Both are the packaged one."""
     profile = SafetyProfile.for_weights(weights_hash(tiny_dir))
-    return Profiles(tiny_dir, profile, unseen={}, root=profile.root)
+    return Profiles(tiny_dir, profile, unseen={}, expected={}, root=profile.root)
 
 
 def small(arm: str) -> Cell:
@@ -426,7 +427,7 @@ def small(arm: str) -> Cell:
     return Cell(whole.part, whole.name, setting)
 
 
-def test_finals_read_a_profile_of_prompts_that_no_package_of_ours_has() -> None:
+def test_finals_read_the_profile_of_unseen_prompts_and_sweeps_the_packaged_one() -> None:
     grid = whole_grid()
     of = {one.name: one.setting for one in grid if isinstance(one.setting, ConstraintSetting)}
     finals = {name: setting for name, setting in of.items() if name.startswith("final")}
@@ -452,12 +453,24 @@ def test_the_unseen_profile_is_made_from_the_files_and_keeps_the_alignment_direc
     own = tmp_path / "harmful.jsonl"
     own.write_text("".join(json.dumps({"prompt": f"Do harm, way {i}."}) + "\n" for i in range(20)))
     files: dict[Kind, Path] = {"harmful": own, "borderline": BORDERLINE}
-    profiles = Profiles(tiny_dir, packaged, files, tmp_path / "unseen")
+    hashes = {kind: prompt_set_hash(own_prompts(file, kind)) for kind, file in files.items()}
+    assert hashes["borderline"] == UNSEEN_SHA256["borderline"]
+    profiles = Profiles(tiny_dir, packaged, files, hashes, tmp_path / "unseen")
     assert profiles.of("packaged", silent) is packaged
     found = profiles.of("unseen", silent)
     assert found.root == tmp_path / "unseen"
     assert all("way" in one.prompt for one in load_refusals(found.path("refusals")))
     assert found.part_digest("alignment") == packaged.part_digest("alignment")
+    own.write_text(own.read_text().replace("way 1.", "way one."))
+    with pytest.raises(InputError, match=r"harmful\.jsonl: not the prompts that the study"):
+        profiles.of("unseen", silent)
+
+
+def test_the_studys_own_prompts_are_in_no_other_set() -> None:
+    own = {compared(prompt.text) for prompt in own_prompts(BORDERLINE, "borderline")}
+    assert len(own) > 100
+    others = [p.text for kind in KINDS for p in load_prompts(kind)] + list(planted_prompts())
+    assert not own & {compared(text) for text in others}
 
 
 def test_cells_are_trained_and_measured_and_give_the_same_numbers_when_run_again(

@@ -259,6 +259,19 @@ def test_a_spec_that_says_nothing_new_is_bound_as_earlier_versions_bound_it(
     }
 
 
+def test_a_run_that_was_bound_to_no_answer_rows_is_the_same_run(
+    tmp_path: Path, tiny_dir: Path
+) -> None:
+    table = RowTable(rows_to_table(make_rows()))
+    now = identify(make_spec(tmp_path), table, tiny_dir, ProfileFiles())
+    said = now.model_dump(mode="json")
+    said["settings"]["data"]["answer_rows"] = 0
+    assert Identity.model_validate(said).run_hash() == now.run_hash()
+    said["settings"]["data"]["answer_rows"] = 8
+    other = Identity.model_validate(said)
+    assert now.difference(other) == "data.answer_rows: 8 there, unset now"
+
+
 def test_every_part_of_the_profile_binds_the_run(tiny_dir: Path, tmp_path: Path) -> None:
     table, spec = RowTable(rows_to_table(make_rows())), make_spec(tmp_path)
     part = tmp_path / "alignment"

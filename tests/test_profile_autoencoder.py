@@ -78,12 +78,6 @@ def test_a_trained_part_holds_targets_a_report_and_a_picture(
     assert (tmp_path / "part" / "autoencoder.svg").read_text().lstrip().startswith("<?xml")
 
 
-def test_only_the_profile_part_of_the_prompts_is_used(
-    tiny_dir: Path, refusals: Path, tmp_path: Path
-) -> None:
-    build(tiny_dir, refusals, tmp_path / "part")
-
-
 def test_an_imported_dictionary_is_taken_over_measured_and_ranked(
     tiny_dir: Path, refusals: Path, tmp_path: Path
 ) -> None:

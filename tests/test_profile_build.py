@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jobs.profile import HarmfulInputsConfig, ProfileConfig, RefusalsConfig, build_profile
 from jobs.profile.harmful_inputs import build_harmful_inputs
+from jobs.profile.own_prompts import Given
 from safeft.constraints.covariance import InputCovariances, input_sites, read_row
 from safeft.constraints.subspaces import (
     POSITIONS,
@@ -23,7 +24,7 @@ from safeft.constraints.subspaces import (
 from safeft.errors import InputError, ProfileError
 from safeft.fit import FitConfig
 from safeft.models import load_model, load_tokenizer, weights_hash
-from safeft.own_refusals import OwnRefusal, load_refusals
+from safeft.own_refusals import OwnRefusal, load_answers, load_refusals
 from safeft.profile import SafetyProfile
 from safeft.prompts import KINDS, Kind, Prompt, load_prompts, spread
 from safeft.sae_config import AutoencoderConfig
@@ -284,22 +285,70 @@ def test_an_import_without_the_part_that_takes_it_is_refused(
         build_profile(tiny_dir, None, parts=["refusals"], import_sae=tmp_path)
 
 
-def test_own_prompts_are_what_the_model_is_asked_and_other_ones_make_the_part_again(
+OWN = [Prompt(f"Do harm, in way {i}.", "own", "profile") for i in range(18)]
+
+
+def test_own_prompts_are_what_the_model_is_asked_until_others_are_given(
     tiny_dir: Path, refusing: list[int]
 ) -> None:
-    own = [Prompt(f"Do harm, in way {i}.", "own", "profile") for i in range(18)]
-
-    def asked(prompts: dict[Kind, list[Prompt]] | None) -> set[str]:
+    def asked(prompts: Given | None = None) -> set[str]:
         profile = build_profile(tiny_dir, None, config=REFUSES, parts=["refusals"], prompts=prompts)
         return {refusal.prompt for refusal in load_refusals(profile.path("refusals"))}
 
-    packaged = asked(None)
+    packaged = asked()
     assert packaged <= {p.text for p in load_prompts("harmful", "profile")}
-    assert asked({"harmful": own}) == {p.text for p in own}
-    assert asked({"harmful": own}) == {p.text for p in own}
-    assert asked({"harmful": own[1:]}) == {p.text for p in own[1:]}
-    assert asked(None) == packaged
+    assert asked({"harmful": OWN}) == {p.text for p in OWN}
+    assert asked() == {p.text for p in OWN}
+    assert asked({"harmful": OWN[1:]}) == {p.text for p in OWN[1:]}
+    assert asked({"harmful": None}) == packaged
+    assert asked() == packaged
     assert refusing == [20, 18, 17, 20]
+
+
+def test_a_prompt_in_two_kinds_and_a_damaged_memory_of_prompts_are_named(tiny_dir: Path) -> None:
+    with pytest.raises(InputError, match="borderline has one that another kind has: 'Do harm"):
+        build_profile(
+            tiny_dir, None, parts=["refusals"], prompts={"harmful": OWN, "borderline": OWN[:1]}
+        )
+    profile = SafetyProfile.for_weights(weights_hash(tiny_dir))
+    profile.root.mkdir(parents=True, exist_ok=True)
+    (profile.root / "own-prompts.json").write_text("{")
+    with pytest.raises(ProfileError, match=r"own-prompts\.json: cannot be read"):
+        build_profile(tiny_dir, None, parts=["refusals"])
+
+
+def test_every_part_of_constraints_and_restorations_asks_the_own_prompts(
+    tiny_dir: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: set[str] = set()
+
+    def speaks(_: Any, __: Any, prompts: list[str], **___: Any) -> list[str]:
+        heard.update(prompts)
+        return [REFUSAL if "harm" in prompt else "Like this: begin." for prompt in prompts]
+
+    for module in ("safeft.own_refusals", "safeft.evaluate.refusals"):
+        monkeypatch.setattr(f"{module}.generate_greedy", speaks)
+    own: dict[Kind, list[Prompt]] = {
+        "harmful": OWN,
+        "benign": [Prompt(f"Name town {i}.", "own", "profile") for i in range(6)],
+        "borderline": [Prompt(f"How do I kill weed {i}?", "own", "profile") for i in range(6)],
+    }
+    read: list[list[str]] = []
+
+    def mask(_: Any, __: Any, domain: list[list[int]], *___: Any) -> dict[str, Tensor]:
+        read.append(sorted(load_tokenizer(tiny_dir).decode(ids) for ids in domain))
+        raise ProfileError("seen")
+
+    parts = ["answers", "benign-inputs", "held-states"]
+    profile = build_profile(tiny_dir, None, config=REFUSES, parts=parts, prompts=own)
+    assert heard == {p.text for prompts in own.values() for p in prompts}
+    assert {one.prompt for one in load_answers(profile.path("answers"))} == {
+        p.text for kind in ("benign", "borderline") for p in own[kind]
+    }
+    monkeypatch.setattr("jobs.profile.restore_parts.pruning_mask", mask)
+    with pytest.raises(ProfileError, match="seen"):
+        build_profile(tiny_dir, None, config=REFUSES, parts=["reference-mask"])
+    assert len(read[0]) == 6 and all("Name town" in text for text in read[0])
 
 
 def test_the_autoencoder_is_bound_to_its_settings_the_refusals_and_the_import(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.evidence.cells import METRICS, SECONDS, Cell, Store, read_record
 from benchmarks.evidence.parts import MODEL, executor, grid, read_cell
-from benchmarks.evidence.profiles import BORDERLINE, GSM8K, UNSEEN, Profiles
+from benchmarks.evidence.profiles import BORDERLINE, GSM8K, UNSEEN, UNSEEN_SHA256, Profiles
 from benchmarks.evidence.report import write_report
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.runner import Estimates, Execute, chosen, run_cells
@@ -120,7 +120,8 @@ def _executor(data: Path, store: Store, progress: Progress) -> Execute:
     model_dir = resolve(MODEL, progress)
     packaged = SafetyProfile.for_weights(weights_hash(model_dir))
     unseen = {kind: data / name for kind, name in UNSEEN.items()} | {"borderline": BORDERLINE}
-    profiles = Profiles(model_dir, packaged, unseen, store.output / "profiles" / "unseen")
+    root = store.output / "profiles" / "unseen"
+    profiles = Profiles(model_dir, packaged, unseen, UNSEEN_SHA256, root)
     return executor(model_dir, profiles, data / GSM8K, store)
 
 

@@ -64,7 +64,7 @@ class RestorationSetting(Setting):
     tuned: ConstraintSetting
     method: Method
     restore: RestoreSpec
-    prompts: Prompts = "unseen"
+    prompts: Prompts
 
     @property
     def work(self) -> float:
@@ -85,7 +85,9 @@ def cell(method: Method, arm: str, task: Task, share: float = 0.1, seed: int = 0
     """One restoration of one finalist."""
     tuned = constraint_cell(arm, task, share, "evidence", seed).setting
     assert isinstance(tuned, ConstraintSetting)
-    setting = RestorationSetting(seed=seed, tuned=tuned, method=method, restore=RestoreSpec())
+    setting = RestorationSetting(
+        seed=seed, tuned=tuned, method=method, restore=RestoreSpec(), prompts="unseen"
+    )
     return Cell(PART, f"{task}-{100 * share:g}-{arm}-{method}-seed-{seed}", setting)
 
 
@@ -174,7 +176,7 @@ class RestorationRuns:
         self, setting: RestorationSetting, profile: SafetyProfile, progress: Progress
     ) -> SafetyProfile:
         """A profile whose reference is the method's; the refusals are the same for all."""
-        root = self._store.output / "profiles" / setting.method
+        root = self._store.output / "profiles" / f"{setting.method}-{setting.prompts}"
         if not root.exists():
             with publish_dir(root) as staging:
                 shutil.copytree(profile.path("refusals"), staging / "refusals")

@@ -51,7 +51,8 @@ def build(
         list[str] | None,
         typer.Option(
             help="KIND=FILE: own prompts for constraints and restorations; KIND is harmful, benign "
-            'or borderline, FILE has a JSON object with "prompt" a line; repeatable.'
+            'or borderline, FILE has a JSON object with "prompt" a line; repeatable. The profile '
+            "remembers them; KIND=packaged: no own ones any more."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
@@ -67,6 +68,7 @@ def build(
         if not 0.0 < energy <= 1.0:
             raise InputError(f"--energy: must be above 0 and at most 1, not {energy:g}")
         config = replace(config, harmful_inputs=HarmfulInputsConfig(energy=energy))
+    own = named_prompts(prompts or ())
     with progress_bars() as progress:
         profile = build_profile(
             resolve(model, progress),
@@ -77,7 +79,7 @@ def build(
             parts=part,
             workers=workers,
             import_sae=import_sae,
-            prompts=named_prompts(prompts or ()),
+            prompts=own,
             progress=progress,
         )
     states = _states(profile)
@@ -108,6 +110,7 @@ def show(
     Parts that only some constraints need may be missing; without the others nothing runs, and the
     exit code is 1.
     """
+    from jobs.profile.own_prompts import own_prompts_of
     from safeft.constraints.subspaces import load_subspaces
     from safeft.profile import SCREENING_PARTS
 
@@ -119,6 +122,7 @@ def show(
         "base_weights": profile.base_weights,
         "complete": complete,
         "parts": parts,
+        "own_prompts": {kind: len(own) for kind, own in own_prompts_of(profile.root).items()},
     }
     if complete:
         baseline = profile.json("baseline", "evaluation.json")["refusals"]["sets"]
@@ -233,6 +237,8 @@ def _show(summary: dict[str, Any]) -> None:
     for part, there in summary["parts"].items():
         table.add_row(part, f"[{colours.get(there, 'red')}]{escape(there)}[/]")
     out.print(table)
+    for kind, count in summary["own_prompts"].items():
+        out.print(f"{kind} prompts of your own: {count}")
     if inputs := summary.get("harmful_inputs"):
         _show_harmful_inputs(inputs)
     if not summary["complete"]:

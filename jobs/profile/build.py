@@ -3,11 +3,12 @@ build that stopped goes on where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.profile.config import ProfileConfig
 from jobs.profile.constraint_parts import ConstraintParts
+from jobs.profile.own_prompts import Given, chosen_prompts
 from jobs.profile.part import Context, Part
 from jobs.profile.restore_parts import RestoreParts
 from jobs.profile.sqsd_parts import SqsdParts
@@ -17,7 +18,6 @@ from safeft.errors import InputError, ProfileError
 from safeft.models import load_tokenizer, weights_hash
 from safeft.profile import DEFAULT_PARTS, PARTS, RECORD, SafetyProfile
 from safeft.progress import Progress, silent
-from safeft.prompts import KINDS, Kind, Prompt, load_prompts
 
 
 def build_profile(
@@ -29,7 +29,7 @@ def build_profile(
     parts: Sequence[str] | None = None,
     workers: int = 1,
     import_sae: Path | None = None,
-    prompts: Mapping[Kind, Sequence[Prompt]] | None = None,
+    prompts: Given | None = None,
     progress: Progress = silent,
 ) -> SafetyProfile:
     """Build what is missing or outdated of a base model's profile.
@@ -42,10 +42,11 @@ def build_profile(
         workers: Ray tasks that read prompts at a time.
         import_sae: a trained autoencoder to take over instead of training one.
         prompts: by kind, instead of the packaged ones, for what constraints and restorations hold
-            on to. The directions of screening and the baseline keep to the packaged ones.
+            on to; later builds ask them, too, until others are given, or None. The directions of
+            screening and the baseline keep to the packaged ones.
 
     Raises:
-        InputError: no such part, or an import that no part takes.
+        InputError: no such part, an import that no part takes, or a prompt in two kinds.
         ProfileError: a direction that does not separate danger from benign rows; a base model that
             does not refuse.
         ModelError: the two models do not pair.
@@ -56,6 +57,8 @@ def build_profile(
     if import_sae is not None and "autoencoder" not in chosen:
         raise InputError("an autoencoder is imported into the part 'autoencoder': build that part")
     profile = SafetyProfile.for_weights(weights_hash(model_dir), root)
+    with locked(profile.root):
+        asked = chosen_prompts(profile.root, prompts or {})
     context = Context(
         profile,
         model_dir,
@@ -65,7 +68,7 @@ def build_profile(
         progress,
         workers,
         import_sae,
-        {kind: load_prompts(kind, "profile") for kind in KINDS} | dict(prompts or {}),
+        asked,
     )
     made = [
         *SqsdParts(context).parts(),
@@ -92,7 +95,8 @@ def _with_upstream(parts: Sequence[Part], chosen: Sequence[str]) -> set[str]:
 def _discard_foreign_parts(profile: SafetyProfile) -> None:
     """Parts that an older version made and this one does not know."""
     for record in profile.root.glob(f"*/{RECORD}"):
-        if record.parent.name not in PARTS:
+        hidden = record.parent.name.startswith(".")  # another process is writing it
+        if record.parent.name not in PARTS and not hidden:
             discard_dir(record.parent)
 
 

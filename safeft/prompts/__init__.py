@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Literal, get_args
 
 from safeft.errors import InputError, MeasurementError
@@ -53,7 +52,7 @@ def load_prompts(kind: Kind, split: Split | None = None) -> list[Prompt]:
     seen: set[str] = set()
     for number, line in enumerate(text.splitlines(), start=1):
         prompt = _parse(line, f"safeft/prompts/{name}, line {number}")
-        key = _compared(prompt.text)
+        key = compared(prompt.text)
         if key in seen:
             raise MeasurementError(f"safeft/prompts/{name}, line {number}: prompt occurs twice")
         seen.add(key)
@@ -61,41 +60,7 @@ def load_prompts(kind: Kind, split: Split | None = None) -> list[Prompt]:
     return [p for p in prompts if split is None or p.split == split]
 
 
-def own_prompts(file: Path, kind: Kind) -> list[Prompt]:
-    """An operator's prompts of one kind, for a profile: JSON lines with the field ``prompt``.
-
-    Raises:
-        InputError: the file cannot be read or has no prompt; a line is not such an object, repeats
-            another one, or is a packaged prompt that refusals are measured on.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from None
-    measured = {_compared(p.text): p.split for p in load_prompts(kind) if p.split != "profile"}
-    prompts: list[Prompt] = []
-    seen: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        where = f"{file}, line {number}"
-        try:
-            text = json.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError):
-            text = None
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{where}: must be a JSON object with "prompt", a string with text')
-        key = _compared(text)
-        if key in measured:
-            raise InputError(f"{where}: refusals are measured on this prompt ({measured[key]})")
-        if key in seen:
-            raise InputError(f"{where}: the prompt occurs twice")
-        seen.add(key)
-        prompts.append(Prompt(text, "own", "profile"))
-    if not prompts:
-        raise InputError(f"{file}: has no prompt")
-    return prompts
-
-
-def _compared(text: str) -> str:
+def compared(text: str) -> str:
     """What two prompts have in common that are the same one."""
     return " ".join(text.lower().split())
 
