@@ -171,10 +171,10 @@ def test_own_prompts_of_a_profile_are_named_by_their_kind(tiny_dir: Path, tmp_pa
     build = ("profile", "build", "--model", tiny_dir, "--part", "answers")
     for wrong in ("own.jsonl", "toxic=own.jsonl", "harmful="):
         done = safeft(*build, "--prompts", wrong)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "--prompts: must be KIND=FILE" in " ".join(done.stderr.split())
     missing = safeft(*build, "--prompts", f"benign={tmp_path / 'own.jsonl'}")
-    assert missing.returncode == 1 and "cannot be read" in " ".join(missing.stderr.split())
+    assert missing.returncode == 2 and "cannot be read" in " ".join(missing.stderr.split())
 
 
 def test_profile_show_of_an_incomplete_profile_says_what_to_run(tiny_dir: Path) -> None:
