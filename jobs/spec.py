@@ -38,8 +38,7 @@ class DataSpec(SpecPart):
     validation: Path | None = None
     max_tokens: Count = 512
     safety_rows: Annotated[int, Field(strict=True, ge=0)] = 0
-    # Runs of before it was there are bound to specs without it.
-    answer_rows: Annotated[int, Field(strict=True, ge=0, exclude_if=lambda n: n == 0)] = 0
+    answer_rows: Annotated[int, Field(strict=True, ge=0)] = 0
 
 
 class LoraSpec(SpecPart):

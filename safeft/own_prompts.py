@@ -7,13 +7,13 @@ from pathlib import Path
 from safeft.data.jsonl import read_objects
 from safeft.data.rows import RowProblem
 from safeft.errors import InputError
-from safeft.prompts import KINDS, Kind, Prompt, compared, load_prompts
+from safeft.prompts import KINDS, Prompt, compared, load_prompts
 
 _LONGEST = 1 << 16  # bytes of a line
 
 
-def own_prompts(file: Path, kind: Kind) -> list[Prompt]:
-    """An operator's prompts of one kind, for a profile: JSON lines with the field ``prompt``.
+def own_prompts(file: Path) -> list[Prompt]:
+    """An operator's prompts, for a profile: JSON lines with the field ``prompt``.
 
     Raises:
         InputError: the file cannot be read or has no prompt; a line is not such an object, repeats

@@ -88,7 +88,7 @@ def written(path: Path, *lines: str) -> Path:
 
 def test_an_operators_own_prompts_are_read_in_their_order(tmp_path: Path) -> None:
     file = written(tmp_path / "own.jsonl", '{"prompt": "Wie baut man das?"}', '{"prompt": "b"}')
-    assert own_prompts(file, "harmful") == [
+    assert own_prompts(file) == [
         Prompt("Wie baut man das?", "own", "profile"),
         Prompt("b", "own", "profile"),
     ]
@@ -98,7 +98,7 @@ def test_what_json_lines_may_hold_is_read(tmp_path: Path) -> None:
     lines = ('{"prompt": "one\u2028line"}', "", json.dumps({"prompt": "two"}), "")
     file = tmp_path / "own.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert [p.text for p in own_prompts(file, "benign")] == ["one\u2028line", "two"]
+    assert [p.text for p in own_prompts(file)] == ["one\u2028line", "two"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_bad_file_of_own_prompts_is_refused_with_its_line(
     tmp_path: Path, lines: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        own_prompts(written(tmp_path / "own.jsonl", *lines), "benign")
+        own_prompts(written(tmp_path / "own.jsonl", *lines))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,12 +130,12 @@ def test_prompts_that_refusals_are_measured_on_are_not_taken_into_a_profile(
     tmp_path: Path, kind: Kind
 ) -> None:
     for split in ("validation", "report", "evidence"):
-        text = load_prompts("borderline", split)[0].text.upper()
+        text = load_prompts(kind, split)[0].text.upper()
         file = written(tmp_path / "own.jsonl", json.dumps({"prompt": text}))
         with pytest.raises(InputError, match=rf"line 1: refusals are measured .*{split}"):
-            own_prompts(file, kind)
+            own_prompts(file)
 
 
 def test_a_missing_file_of_own_prompts_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl: cannot be read"):
-        own_prompts(tmp_path / "none.jsonl", "harmful")
+        own_prompts(tmp_path / "none.jsonl")

@@ -453,7 +453,7 @@ def test_the_unseen_profile_is_made_from_the_files_and_keeps_the_alignment_direc
     own = tmp_path / "harmful.jsonl"
     own.write_text("".join(json.dumps({"prompt": f"Do harm, way {i}."}) + "\n" for i in range(20)))
     files: dict[Kind, Path] = {"harmful": own, "borderline": BORDERLINE}
-    hashes = {kind: prompt_set_hash(own_prompts(file, kind)) for kind, file in files.items()}
+    hashes = {kind: prompt_set_hash(own_prompts(file)) for kind, file in files.items()}
     assert hashes["borderline"] == UNSEEN_SHA256["borderline"]
     profiles = Profiles(tiny_dir, packaged, files, hashes, tmp_path / "unseen")
     assert profiles.of("packaged", silent) is packaged
@@ -467,7 +467,7 @@ def test_the_unseen_profile_is_made_from_the_files_and_keeps_the_alignment_direc
 
 
 def test_the_studys_own_prompts_are_in_no_other_set() -> None:
-    own = {compared(prompt.text) for prompt in own_prompts(BORDERLINE, "borderline")}
+    own = {compared(prompt.text) for prompt in own_prompts(BORDERLINE)}
     assert len(own) > 100
     others = [p.text for kind in KINDS for p in load_prompts(kind)] + list(planted_prompts())
     assert not own & {compared(text) for text in others}

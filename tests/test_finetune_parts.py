@@ -227,8 +227,7 @@ def test_lora_and_full_training_are_different_runs(tiny_dir: Path, tmp_path: Pat
 def test_a_spec_that_says_nothing_new_is_bound_as_earlier_versions_bound_it(
     tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """Or a finished run would be refused as another one after an upgrade: a new setting that
-    changes nothing by default is left out there (`exclude_if`)."""
+    """Or a finished run would be refused as another one after an upgrade."""
     spec = FinetuneSpec(
         name="x", model="m", data=DataSpec(train=tmp_path / "rows.jsonl"), output=tmp_path
     )
@@ -257,19 +256,6 @@ def test_a_spec_that_says_nothing_new_is_bound_as_earlier_versions_bound_it(
         "constraints": [],
         "distributed": {"zero_stage": 0, "use_gpu": False},
     }
-
-
-def test_a_run_that_was_bound_to_no_answer_rows_is_the_same_run(
-    tmp_path: Path, tiny_dir: Path
-) -> None:
-    table = RowTable(rows_to_table(make_rows()))
-    now = identify(make_spec(tmp_path), table, tiny_dir, ProfileFiles())
-    said = now.model_dump(mode="json")
-    said["settings"]["data"]["answer_rows"] = 0
-    assert Identity.model_validate(said).run_hash() == now.run_hash()
-    said["settings"]["data"]["answer_rows"] = 8
-    other = Identity.model_validate(said)
-    assert now.difference(other) == "data.answer_rows: 8 there, unset now"
 
 
 def test_every_part_of_the_profile_binds_the_run(tiny_dir: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Profiles:
         """What `build_profile` takes for them."""
         if prompts == "packaged":
             return {}
-        found = {kind: own_prompts(file, kind) for kind, file in self.unseen.items()}
+        found = {kind: own_prompts(file) for kind, file in self.unseen.items()}
         for kind, texts in found.items():
             if prompt_set_hash(texts) != self.expected.get(kind):
                 raise InputError(f"{self.unseen[kind]}: not the prompts that the study is about")

@@ -102,7 +102,7 @@ def _head(results: Results) -> str:
         (
             "where",
             f"{'; '.join(sorted({r.machine for r in runs}))}; "
-            f"{' or '.join(str(n) for n in sorted({r.processors for r in runs}))} processors",
+            f"processors: {' or '.join(str(n) for n in sorted({r.processors for r in runs}))}",
         ),
         (
             "load",

@@ -29,5 +29,5 @@ def named_prompts(entries: Sequence[str]) -> dict[Kind, list[Prompt] | None]:
         if kind is None or not file:
             kinds = ", ".join(KINDS)
             raise InputError(f"--prompts: must be KIND=FILE, KIND one of {kinds}, each once")
-        found[kind] = None if file == PACKAGED else own_prompts(Path(file), kind)
+        found[kind] = None if file == PACKAGED else own_prompts(Path(file))
     return found

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.finetune.batches import RowTable
 from jobs.finetune.parts import check_made_for, part_hashes
@@ -25,7 +25,7 @@ _UNBOUND: Any = {
     "model": True,  # its weights' hash says more than its name
     "profile": True,  # as its hash does
     "output": True,
-    "data": {"train", "validation"},
+    "data": {"train", "validation", "answer_rows"},  # which rows these are is in the rows' hash
     "screening": True,
     "restore": True,
     # How a step is cut into workers' shares and micro-batches is not what the step is. Weighting
@@ -61,15 +61,6 @@ class Identity(_Record):
     rows_sha256: str
     base_weights: str
     profile: dict[str, str]
-
-    @field_validator("settings")
-    @classmethod
-    def _without_what_some_versions_said(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """For a while `answer_rows` was bound where it was 0, too: these are the same runs."""
-        data = settings.get("data", {})
-        if data.get("answer_rows") != 0:
-            return settings
-        return {**settings, "data": {k: v for k, v in data.items() if k != "answer_rows"}}
 
     def run_hash(self) -> str:
         """SHA-256 of the identity, lower-case hex."""

@@ -144,7 +144,7 @@ def _finished(output: Path, identity: Identity) -> FinetuneResult | None:
         if not (output / name).exists():
             continue
         manifest = read_manifest(output / name / MANIFEST)
-        if manifest.identity.run_hash() != identity.run_hash():
+        if manifest.run != identity.run_hash():
             raise SpecError(
                 f"output: {output} holds a finished run with other settings "
                 f"({identity.difference(manifest.identity)}); choose another output"

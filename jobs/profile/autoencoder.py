@@ -50,8 +50,8 @@ def build_autoencoder(
     """Write the activation side of CWAC into a directory: see `safeft.latents` and `REPORT`.
 
     Texts are the profile's prompts: the harmful ones, where the model refused with its own refusal,
-    and the benign and borderline ones. Latents are ranked on the refused
-    prompts against as many benign and borderline ones, at their last positions.
+    and the benign and borderline ones. Latents are ranked on the refused prompts against as many
+    benign and borderline ones, at their last positions.
 
     Args:
         refusals: holds refusals.jsonl, of the profile part (`safeft.own_refusals`).

@@ -94,9 +94,8 @@ def _with_upstream(parts: Sequence[Part], chosen: Sequence[str]) -> set[str]:
 
 def _discard_foreign_parts(profile: SafetyProfile) -> None:
     """Parts that an older version made and this one does not know."""
-    for record in profile.root.glob(f"*/{RECORD}"):
-        hidden = record.parent.name.startswith(".")  # another process is writing it
-        if record.parent.name not in PARTS and not hidden:
+    for record in profile.root.glob(f"[!.]*/{RECORD}"):  # what is being written has a dot
+        if record.parent.name not in PARTS:
             discard_dir(record.parent)
 
 
