@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from jobs.profile.own_prompts import chosen_prompts
 from safeft.models import load_tokenizer, weights_hash
+from safeft.profile import SafetyProfile
+from safeft.prompts import Prompt
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile, write_refusals
 
@@ -175,6 +178,14 @@ def test_own_prompts_of_a_profile_are_named_by_their_kind(tiny_dir: Path, tmp_pa
         assert "--prompts: must be KIND=FILE" in " ".join(done.stderr.split())
     missing = safeft(*build, "--prompts", f"benign={tmp_path / 'own.jsonl'}")
     assert missing.returncode == 2 and "cannot be read" in " ".join(missing.stderr.split())
+
+
+def test_profile_show_counts_the_prompts_of_ones_own(tiny_dir: Path) -> None:
+    root = SafetyProfile.for_weights(weights_hash(tiny_dir)).root
+    chosen_prompts(root, {"benign": [Prompt("Name a town.", "own", "profile")]})
+    shown = json.loads(safeft("profile", "show", "--model", tiny_dir, "--json").stdout)
+    assert shown["own_prompts"] == {"benign": 1}
+    assert "benign prompts of your own: 1" in safeft("profile", "show", "--model", tiny_dir).stdout
 
 
 def test_profile_show_of_an_incomplete_profile_says_what_to_run(tiny_dir: Path) -> None:
