@@ -35,11 +35,9 @@ def _refuses_too_much(arm: ArmResult, arms: Arms) -> bool:
 def frontier(tenant: Tenant, arms: Arms) -> bytes:
     """An SVG; the same arms give the same bytes."""
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+        figure = Figure(figsize=(8.6, 4.8), layout="constrained")
         axes = figure.subplots()
-        reached = [100 * arm.accuracy().value for arm in arms.values()]
-        middle = (min(reached) + max(reached)) / 2
-        for name, arm in arms.items():
+        for number, (name, arm) in enumerate(arms.items(), start=1):
             colour, marker = next(v for k, v in FAMILIES.items() if name.startswith(k))
             rate, x = arm.refusal("harmful"), 100 * arm.accuracy().value
             y = 100 * rate.value
@@ -55,16 +53,12 @@ def frontier(tenant: Tenant, arms: Arms) -> bytes:
                 markeredgewidth=0.4,
                 elinewidth=0.7,
                 alpha=0.9,
+                label=f"{number}  {name}",
             )
-            right = x > middle
-            axes.annotate(
-                name,
-                (x, y),
-                xytext=(-4 if right else 4, 3),
-                ha="right" if right else "left",
-                textcoords="offset points",
-                fontsize=6.5,
-            )
+            # Names would cover each other where arms end near each other.
+            offset = {"xytext": (4, 3), "textcoords": "offset points"}
+            axes.annotate(str(number), (x, y), fontsize=6.5, **offset)
+        figure.legend(loc="outside right upper", fontsize=6.0)
         axes.set_xlabel("task accuracy, %; hollow: refuses harmless prompts more than before")
         axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
         n = len(next(iter(arms.values())).bits("harmful"))
