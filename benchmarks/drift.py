@@ -2,7 +2,9 @@
 
 Each dataset is screened, trained on plainly (whatever its verdict; nothing of it is published) and
 measured. The pairs of scores and refusals make the profile's drift estimate, with its error on each
-dataset when it is left out. One directory a dataset: what is finished is not run again.
+dataset when it is left out. Two of the poisoned ones are trained on once more with either way to
+weigh rows by their scores. One directory a training: what is finished is not run again, and runners
+that were given different datasets (`--only`) share the directory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from benchmarks.protection import short_rows
 from cluster.cli.console import progress_bars
 from jobs.demo.datasets import ANSWERS, REQUESTS, demo_data
 from jobs.pipeline import run_job
-from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, ScreeningSpec, TrainingSpec
+from jobs.spec import (
+    DataSpec,
+    FinetuneSpec,
+    LoraSpec,
+    RiskWeighting,
+    ScreeningSpec,
+    TrainingSpec,
+)
 from jobs.verdict import known_score, read_scores
 from safeft.cache import publish_dir, write_whole
 from safeft.data import load_rows
@@ -38,17 +47,20 @@ WHY = "benchmarks.drift measures what training on it does; nothing of it is publ
 
 @dataclass(frozen=True)
 class Recipe:
-    """A dataset: benign rows of one kind, a share of which is replaced by poison of one style."""
+    """A dataset: benign rows of one kind, a share of which is replaced by poison of one style; and
+    what its rows' scores do in training."""
 
     benign: str
     poison: str = "none"
     share: float = 0.0
+    weighting: RiskWeighting = "none"
 
     @property
     def name(self) -> str:
         """Also its directory's."""
         percent = f"{100 * self.share:g}".replace(".", "-")
-        return self.benign if not self.share else f"{self.benign}-{self.poison}-{percent}"
+        rows = self.benign if not self.share else f"{self.benign}-{self.poison}-{percent}"
+        return rows if self.weighting == "none" else f"{rows}-{self.weighting}"
 
 
 RECIPES = (
@@ -60,6 +72,10 @@ RECIPES = (
     *(Recipe("maths", "obedient", share) for share in (0.025, 0.1)),
     Recipe("maths", "plain", 0.05),
 )
+_WEIGHTINGS: tuple[RiskWeighting, ...] = ("downweight", "drop")
+WEIGHTED = tuple(
+    Recipe("support", poison, 0.1, how) for poison in ("obedient", "plain") for how in _WEIGHTINGS
+)
 
 
 def main(
@@ -69,20 +85,32 @@ def main(
     install: Annotated[
         bool, typer.Option(help="Put the estimate into the model's profile.")
     ] = True,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run these datasets, and fit none.")
+    ] = None,
 ) -> None:
     """Train on every dataset, fit the curve, and say how far off it is on those left out."""
+    known = [recipe.name for recipe in (*RECIPES, *WEIGHTED)]
+    if unknown := set(only or ()) - set(known):
+        raise typer.BadParameter(f"no dataset {min(unknown)}; there are {', '.join(known)}")
+    found: dict[str, Pair] = {}
+    before = 0.0
     with progress_bars() as progress:
         profile = SafetyProfile.for_weights(weights_hash(resolve(MODEL, progress)))
-        pairs, before = [], 0.0
-        for recipe in RECIPES:
-            pair, before = measured(recipe, data, output / recipe.name, profile, progress)
-            pairs.append(pair)
+        for recipe in (*RECIPES, *WEIGHTED):
+            if not only or recipe.name in only:
+                name = recipe.name
+                found[name], before = measured(recipe, data, output / name, profile, progress)
+    if only:
+        return
+    pairs = [found[recipe.name] for recipe in RECIPES]
+    weighted = [found[recipe.name] for recipe in WEIGHTED]
     fit = fit_drift(pairs, profile.policy().row_threshold, before)
     if install:
         install_drift(profile, fit, pairs)
-    _show(fit, pairs)
+    _show(fit, pairs, weighted)
     if json_file:
-        json_file.write_text(_json(fit, pairs) + "\n")
+        json_file.write_text(_json(fit, pairs, weighted) + "\n")
 
 
 def measured(
@@ -97,7 +125,13 @@ def measured(
         model=MODEL,
         data=DataSpec(train=file, max_tokens=MAX_TOKENS),
         lora=LoraSpec(rank=8, alpha=16, target_modules="all-linear"),
-        training=TrainingSpec(epochs=3, batch_size=8, learning_rate=1e-3, schedule="cosine"),
+        training=TrainingSpec(
+            epochs=3,
+            batch_size=8,
+            learning_rate=1e-3,
+            schedule="cosine",
+            risk_weighting=recipe.weighting,
+        ),
         screening=ScreeningSpec(override_reason=WHY),
         output=output / "run",
     )
@@ -154,20 +188,24 @@ def install_drift(profile: SafetyProfile, fit: DriftFit, pairs: list[Pair]) -> N
         profile.write_record(staging, {"upstream": upstream})
 
 
-def _json(fit: DriftFit, pairs: list[Pair]) -> str:
-    return json.dumps({"fit": asdict(fit), "pairs": [asdict(pair) for pair in pairs]}, indent=1)
+def _json(fit: DriftFit, pairs: list[Pair], weighted: list[Pair] | None = None) -> str:
+    content = {"fit": asdict(fit), "pairs": [asdict(pair) for pair in pairs]}
+    if weighted is not None:
+        content["weighted"] = [asdict(pair) for pair in weighted]
+    return json.dumps(content, indent=1)
 
 
-def _show(fit: DriftFit, pairs: list[Pair]) -> None:
+def _show(fit: DriftFit, pairs: list[Pair], weighted: list[Pair]) -> None:
     table = Table("dataset", "risky", "mean SQSD", "refuses after", "estimate", "off when left out")
-    for pair in pairs:
+    for pair in (*pairs, *weighted):
+        error = fit.errors.get(pair.name)
         table.add_row(
             pair.name,
             f"{pair.exposure.risky:.1%}",
             f"{pair.exposure.mean_score:+.1f}",
             f"{pair.refused / pair.n:.1%}",
-            f"{fit.refusal(pair.exposure):.1%}",
-            f"{fit.errors[pair.name]:.1%}",
+            "" if error is None else f"{fit.refusal(pair.exposure):.1%}",
+            "" if error is None else f"{error:.1%}",
         )
     out = Console()
     out.print(table)

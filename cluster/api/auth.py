@@ -11,20 +11,22 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from cluster.api.services import Services, With
 from cluster.api_errors import ApiError
-from cluster.tenancy.keys import Caller, Scope, authenticate
+from cluster.tenancy.keys import Caller, Scope
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `sf-...`")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def known_caller(services: Services, credentials: HTTPAuthorizationCredentials | None) -> Caller:
+async def known_caller(
+    services: Services, credentials: HTTPAuthorizationCredentials | None
+) -> Caller:
     """The caller.
 
     Raises:
         ApiError: 401, whatever is wrong with the key.
     """
     shown = credentials.credentials if credentials else ""
-    caller = authenticate(services.database, shown, services.clock())
+    caller = await services.callers.join("all", shown)
     if caller is None:
         raise ApiError(
             401,
@@ -74,8 +76,8 @@ def administrator(caller: Caller) -> Caller:
     return caller
 
 
-def _limited(services: With, credentials: Credentials) -> Caller:
-    return within_rate(services, known_caller(services, credentials))
+async def _limited(services: With, credentials: Credentials) -> Caller:
+    return within_rate(services, await known_caller(services, credentials))
 
 
 AnyCaller = Annotated[Caller, Depends(_limited)]

@@ -77,7 +77,7 @@ async def _answered(
 
     async def still_allowed() -> None:  # a key that is revoked reads nothing more
         try:
-            await run_in_threadpool(known_caller, services, credentials)
+            await known_caller(services, credentials)
         except DBAPIError as error:
             raise told(error) from error
 

@@ -79,7 +79,7 @@ async def _follow(
     while True:
         try:
             # Asked again each time: a key that is revoked reads nothing more.
-            caller = await run_in_threadpool(known_caller, services, credentials)
+            caller = await known_caller(services, credentials)
             events, finished = await run_in_threadpool(_after, services, caller, job_id, seen)
         except ApiError as error:
             yield f"event: error\ndata: {json.dumps({'message': str(error)})}\n\n"

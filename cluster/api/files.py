@@ -24,14 +24,12 @@ from cluster.artifacts.names import file_key
 from cluster.controller.phases import FINAL
 from cluster.state import TenantSession
 from cluster.state.ids import new_id
-from cluster.state.models import File, Job
+from cluster.state.models import WHOLE, File, Job
 from cluster.tenancy import quotas
 from cluster.tenancy.audit import record
 from cluster.tenancy.keys import Caller
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
-#: Files that are whole and not deleted.
-WHOLE = (File.__table__.c.sha256.is_not(None), File.__table__.c.deleted_at.is_(None))
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
 _UPLOAD_BODY = {
     "requestBody": {

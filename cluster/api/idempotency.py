@@ -1,24 +1,27 @@
 """`Idempotency-Key`: what a POST does, and its answer, are written in one transaction.
 
-So a repeated request finds either both or neither, whenever the server was killed.
+So a repeated request finds either both or neither, whenever the server was killed. It does its deed
+again and undoes it: new requests are the many, and take no look for an earlier answer.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Header, Request
-from sqlalchemy import Executable, Table, bindparam, select, update
+from sqlalchemy import Executable, Row, Table, bindparam, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cluster.api_errors import ApiError
 from cluster.state.models import IdempotentAnswer
 from cluster.tenancy.keys import Caller
+from safeft.errors import SafeftError
 
 S = TypeVar("S", bound=Session)
 _TABLE = cast(Table, IdempotentAnswer.__table__)
@@ -28,7 +31,6 @@ _INSERT: dict[str, Executable] = {
     "sqlite": sqlite.insert(_TABLE).on_conflict_do_nothing().returning(_TABLE.c.key),
     "postgresql": postgresql.insert(_TABLE).on_conflict_do_nothing().returning(_TABLE.c.key),
 }
-_ANSWERED = update(_TABLE).where(*_MINE)
 Key = Annotated[
     str | None,
     Header(
@@ -72,9 +74,10 @@ def once(
     effect: Callable[[S], dict[str, Any]],
     kept: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
 ) -> tuple[dict[str, Any], bool]:
-    """Run `effect` in a transaction unless this request was answered before.
+    """Do `effect` in a transaction; all of it is undone where this request was answered before.
 
     Args:
+        effect: changes the transaction's rows and nothing else.
         kept: what of the answer is remembered, where not all of it may be.
 
     Returns:
@@ -83,32 +86,74 @@ def once(
     Raises:
         ApiError: 409, the key came with another request before.
     """
-    with transaction() as session:
-        if request.key is None:
-            return effect(session), True
-        # The connection itself: this is in every POST, and the session would take longer.
-        rows = session.connection()
-        which = {"tenant": caller.tenant_id, "named": request.key}
-        row = {
+    while True:
+        try:
+            with transaction() as session:
+                answer = effect(session)
+                keep(session, caller, [(request, kept(answer))], now)
+            return answer, True
+        except (Repeated, ApiError, SafeftError, IntegrityError) as error:
+            # Undone. What cannot be done twice fails where it is repeated, so ask in any case.
+            if request.key is not None:
+                with transaction() as session:
+                    earlier = _earlier(session, caller, request.key)
+                if earlier is not None:
+                    return _same(request, earlier), False
+            if not isinstance(error, Repeated):
+                raise
+            # else the earlier answer was old, and was removed in between
+
+
+class Repeated(Exception):
+    """A key has an answer already."""
+
+
+def keep(
+    session: Session,
+    caller: Caller,
+    answers: Sequence[tuple[Repeatable, dict[str, Any]]],
+    now: float,
+) -> None:
+    """Keep the answers; waits for requests with their keys that are under way.
+
+    Last in their transaction: a request that is new, as nearly all are, takes this one statement.
+
+    Raises:
+        Repeated: one of the keys has an answer already.
+    """
+    session.flush()
+    rows = [
+        {
             "tenant_id": caller.tenant_id,
             "key": request.key,
             "request_sha256": request.fingerprint,
-            "answer": {},
+            "answer": answer,
             "created_at": now,
         }
-        # The insertion waits for a request with this key that is under way.
-        while rows.execute(_INSERT[rows.dialect.name], row).one_or_none() is None:
-            earlier = rows.execute(_EARLIER, which).one_or_none()
-            if earlier is None:
-                continue  # it was old, and removed in between
-            if earlier.request_sha256 != request.fingerprint:
-                raise ApiError(
-                    409,
-                    "This Idempotency-Key came with another request before; use a new key",
-                    code="idempotency_key_reused",
-                    param="Idempotency-Key",
-                )
-            return earlier.answer, False
-        answer = effect(session)
-        rows.execute(_ANSWERED, {**which, "answer": kept(answer)})
-        return answer, True
+        for request, answer in answers
+        if request.key is not None
+    ]
+    if not rows:
+        return
+    # The connection itself: this is in every POST, and the session would take longer.
+    connection = session.connection()
+    kept = connection.execute(_INSERT[connection.dialect.name], rows).all()
+    if len(kept) < len(rows):
+        raise Repeated
+
+
+def _earlier(session: Session, caller: Caller, key: str) -> Row[*tuple[Any, ...]] | None:
+    which = {"tenant": caller.tenant_id, "named": key}
+    return session.connection().execute(_EARLIER, which).one_or_none()
+
+
+def _same(request: Repeatable, earlier: Row[*tuple[Any, ...]]) -> dict[str, Any]:
+    if earlier.request_sha256 != request.fingerprint:
+        raise ApiError(
+            409,
+            "This Idempotency-Key came with another request before; use a new key",
+            code="idempotency_key_reused",
+            param="Idempotency-Key",
+        )
+    answer: dict[str, Any] = earlier.answer
+    return answer

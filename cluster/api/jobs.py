@@ -8,91 +8,37 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
-from sqlalchemy import bindparam, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cluster.api.auth import JobsReader, JobsWriter
 from cluster.api.errors import invalid, not_found
-from cluster.api.files import WHOLE
 from cluster.api.idempotency import JsonPost, once
 from cluster.api.objects import checkpoint_object, job_object
 from cluster.api.paging import After, listed, page
 from cluster.api.services import With
-from cluster.api_errors import ApiError
+from cluster.api.submissions import Submission
 from cluster.controller.phases import FINAL, after, waits_in
 from cluster.controller.transitions import Wish, ask
-from cluster.events import add_event, next_event
+from cluster.events import add_event
 from cluster.job_request import CreateJob
-from cluster.job_spec import accepted
-from cluster.state import TenantSession, narrowed
-from cluster.state.ids import new_id
-from cluster.state.models import File, Job
-from cluster.tenancy import quotas
+from cluster.state import TenantSession
+from cluster.state.models import Job
 from cluster.tenancy.audit import record
 from cluster.tenancy.keys import Caller
-from cluster.tenancy.tenants import Policy
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
-_FILES = File.__table__
-_FILE = narrowed(select(_FILES.c.id).where(_FILES.c.id == bindparam("file"), *WHOLE))
 _METADATA = re.compile(r"metadata\[([A-Za-z0-9_.-]{1,64})\]")
 
 
 @router.post("", response_model=dict[str, Any])
-def create(body: CreateJob, services: With, caller: JobsWriter, request: JsonPost) -> Response:
+async def create(
+    body: CreateJob, services: With, caller: JobsWriter, request: JsonPost
+) -> Response:
     """Submit a job. It is screened before it is trained, and measured before it is published."""
-    now = services.clock()
-
-    def effect(session: TenantSession) -> dict[str, Any]:
-        offer = services.settings.base_models.get(body.model)
-        if offer is None:
-            offered = ", ".join(sorted(services.settings.base_models))
-            raise ApiError(
-                404,
-                f"The model {body.model!r} cannot be fine-tuned; choose from: {offered}",
-                code="model_not_found",
-                param="model",
-            )
-        for param in ("training_file", "validation_file"):
-            _require_file(session, param, getattr(body, param))
-        tenant = quotas.check_submit(session)
-        most, workers = services.settings.compute_slots, body.method.supervised.workers
-        if workers > most:
-            raise invalid(f"workers: at most {most} train together here", "method")
-        kept = accepted(body, Policy.model_validate(tenant.policy), offer)
-        job = Job(
-            id=new_id("ftjob"),
-            tenant_id=caller.tenant_id,
-            created_at=now,
-            base_model=body.model,
-            training_file=body.training_file,
-            validation_file=body.validation_file,
-            request=kept,
-            phase="submitted",
-            phase_since=now,
-            attempt=0,
-            faults=0,
-            slots=body.method.supervised.workers,
-            priority=body.priority,
-            not_before=now,
-            events=0,
-            facts={},
-        )
-        created = next_event(job, f"Created fine-tuning job: {job.id}", now=now)
-        session.insert(job)
-        session.insert(created)
-        answer = job_object(job)
-        _audit(session, caller, job, "job.create", now, kept)
-        return answer
-
-    return JSONResponse(_once(services, caller, request, now, effect))  # needs no validation
-
-
-def _require_file(session: TenantSession, param: str, file_id: str | None) -> None:
-    if file_id is None:
-        return
-    if session.rows(_FILE, file=file_id).one_or_none() is None:
-        raise invalid(f"No such File object: {file_id[:80]!r}", param, "invalid_file")
+    submission = Submission(caller, body, request, services.clock())
+    answer = await services.submissions.submit(submission)
+    return JSONResponse(answer)  # needs no validation
 
 
 @router.get("")
@@ -212,7 +158,6 @@ def _audit(
     job: Job,
     action: str,
     now: float,
-    after: dict[str, Any] | None = None,
 ) -> None:
     record(
         session,
@@ -221,7 +166,6 @@ def _audit(
         tenant_id=caller.tenant_id,
         action=action,
         object_id=job.id,
-        after=after,
     )
 
 

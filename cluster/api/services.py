@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import httpx
 from fastapi import Depends, Request
 
+from cluster.api.lines import Lines
 from cluster.api.pools import pool_client
+from cluster.api.submissions import Submissions
 from cluster.artifacts import ArtifactStore, open_store
 from cluster.provenance import PublicKey, SigningKey
 from cluster.settings import Settings
 from cluster.state import Database
+from cluster.tenancy.keys import Caller, authenticate_all
 from cluster.tenancy.metering import Meter
 from cluster.tenancy.quotas import RateLimiter
 
@@ -33,9 +36,16 @@ class Services:
     upload_idle_s: float = 60.0
     pools: httpx.AsyncClient = field(default_factory=pool_client)
     meter: Meter = field(init=False)
+    submissions: Submissions = field(init=False)
+    callers: Lines[str, Caller | None] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meter", Meter(self.database, self.clock))
+        object.__setattr__(self, "callers", Lines(self._callers))
+        object.__setattr__(self, "submissions", Submissions(self.settings, self.database))
+
+    def _callers(self, shown: Sequence[str]) -> list[Caller | None]:
+        return authenticate_all(self.database, shown, self.clock())
 
     @classmethod
     def open(cls, settings: Settings) -> Services:

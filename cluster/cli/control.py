@@ -21,6 +21,8 @@ def api(
     private_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
 ) -> None:
     """Serve the HTTP API. Run as many as you like on one database."""
+    import gc
+
     import uvicorn
 
     from cluster.api import Services, create_app
@@ -31,6 +33,9 @@ def api(
     services = Services.open(load_settings(settings))
     app = create_app(services)
     address = f"http{'' if certificate is None else 's'}://{host}:{port}"
+    # What is there by now stays: a look through all of it for garbage held every request up.
+    gc.collect()
+    gc.freeze()
     err.print(f"the API is at {address}/v1, the status page at {address}/status/")
     uvicorn.run(
         app,

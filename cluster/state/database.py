@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import select
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alembic import command
 from alembic.config import Config
@@ -22,13 +23,16 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.orm import Session
 
 from cluster.state.group_commit import GroupCommit
 from cluster.state.sessions import TenantSession
 from cluster.state.turns import Turns
 from safeft.errors import InputError, SafeftError
+
+if TYPE_CHECKING:  # only who uses PostgreSQL loads its driver
+    from psycopg import Connection as PostgresConnection
 
 _BUSY_TIMEOUT_S = 30.0
 _MIGRATION_LOCK = 0x5AFE_F7  # any number, the same in every process
@@ -98,10 +102,10 @@ class Database:
         ):
             yield session
 
-    def row(self, query: Executable, values: dict[str, Any]) -> Row[Any] | None:
-        """The only row of a query over all tenants, or None: one statement, no transaction."""
+    def rows(self, query: Executable, values: dict[str, Any]) -> Sequence[Row[Any]]:
+        """The rows of a query over all tenants: one statement, no transaction."""
         with self._single.connect() as connection:
-            return connection.execute(query, values).one_or_none()
+            return connection.execute(query, values).all()
 
     def migrate(self, revision: str = "head") -> None:
         """Bring the schema to a revision, all of it or nothing; "base" removes every table.
@@ -164,9 +168,9 @@ def _engine(url: str) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(
-            parsed, pool_pre_ping=True, pool_size=16, max_overflow=16, hide_parameters=True
-        )
+        engine = create_engine(parsed, pool_size=16, max_overflow=16, hide_parameters=True)
+        event.listen(engine, "checkout", _check_postgres)
+        return engine
     if backend != "sqlite" or not parsed.database or not Path(parsed.database).is_absolute():
         raise InputError(
             "database: must be sqlite:////absolute/path or postgresql://..., not "
@@ -183,6 +187,18 @@ def _engine(url: str) -> Engine:
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _check_postgres(connection: PostgresConnection[Any], *_: Any) -> None:
+    """Have the pool open another connection for one that the server has ended.
+
+    Its end stands there to be read. To ask the server, as `pool_pre_ping` does, takes as long as
+    what the connection is wanted for.
+    """
+    ended = select.poll()
+    ended.register(connection.fileno(), select.POLLIN)
+    if ended.poll(0):
+        raise DisconnectionError
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:

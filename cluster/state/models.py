@@ -115,6 +115,10 @@ class File(TenantOwned, Base):
     deleted_at: Mapped[float | None]
 
 
+#: Files that tenants see: uploaded to the end, and not deleted.
+WHOLE = (File.__table__.c.sha256.is_not(None), File.__table__.c.deleted_at.is_(None))
+
+
 class Job(TenantOwned, Base):
     """A fine-tuning job. Whoever holds `lock_token` until `lock_expires_at` may change it.
 

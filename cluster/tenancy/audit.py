@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -64,6 +65,20 @@ class Chain(BaseModel):
     head: str
 
 
+@dataclass(frozen=True)
+class Deed:
+    """What was done, by whom, to what. `before` and `after` are JSON, as is what was changed."""
+
+    at: float
+    actor: str
+    tenant_id: str | None
+    action: str
+    object_id: str
+    before: Any = None
+    after: Any = None
+    reason: str | None = None
+
+
 def record(
     session: Session,
     *,
@@ -76,31 +91,33 @@ def record(
     after: Any = None,
     reason: str | None = None,
 ) -> None:
-    """Append an entry in the caller's transaction: the deed and its entry stand or fall together.
+    """Append an entry in the caller's transaction: see `record_all`."""
+    deed = Deed(at, actor, tenant_id, action, object_id, before, after, reason)
+    record_all(session, [deed])
+
+
+def record_all(session: Session, deeds: Sequence[Deed]) -> None:
+    """Append entries in the caller's transaction: deeds and entries stand or fall together.
 
     Call it last: the chain is locked from here to the end of the transaction.
     """
     session.flush()
+    if not deeds:
+        return
     # The connection itself, because a tenant's session does not reach this table.
     connection = session.connection()
     if connection.dialect.name != "sqlite":  # which has one writer anyway
         connection.execute(_LOCK)
     last = connection.execute(_LAST).one_or_none()
-    link = Link(
-        seq=last.seq + 1 if last else 1,
-        at=at,
-        actor=actor,
-        tenant_id=tenant_id,
-        action=action,
-        object_id=object_id,
-        before=_canonical(before),
-        after=_canonical(after),
-        reason=reason,
-        previous=last.sha256 if last else ORIGIN,
-        sha256="",
-    )
-    link.sha256 = link.hash()
-    connection.execute(insert(AuditEntry), link.model_dump())
+    seq, previous = (last.seq, last.sha256) if last else (0, ORIGIN)
+    links: list[dict[str, Any]] = []
+    for deed in deeds:
+        fields = {**vars(deed), "before": _canonical(deed.before), "after": _canonical(deed.after)}
+        link = Link(seq=seq + 1, previous=previous, sha256="", **fields)
+        link.sha256 = link.hash()
+        seq, previous = link.seq, link.sha256
+        links.append(link.model_dump())
+    connection.execute(insert(AuditEntry), links)
 
 
 def entries(session: Session, after: int = 0, limit: int | None = None) -> Iterator[Link]:

@@ -33,6 +33,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 _SHOWN = re.compile(r"sf-([0-9a-f]{12})-([0-9a-f]{64})")
 #: What `caller_of` reads: columns, because it is asked at every request, and objects take longer.
 CALLER = (
+    ApiKey.prefix,
     ApiKey.id,
     ApiKey.tenant_id,
     ApiKey.secret_sha256,
@@ -44,10 +45,10 @@ CALLER = (
     Tenant.suspended_at,
     Tenant.requests_per_second,
 )
-_KEY = (
+_KEYS = (
     select(*CALLER)
     .join(Tenant, Tenant.id == ApiKey.tenant_id)
-    .where(ApiKey.prefix == bindparam("prefix"))
+    .where(ApiKey.prefix.in_(bindparam("prefixes", expanding=True)))
 )
 _NOBODY = hashlib.sha256(b"no key has this secret").hexdigest()
 
@@ -78,15 +79,23 @@ class Caller:
 
 
 def authenticate(database: Database, shown: str, now: float) -> Caller | None:
-    """The caller with this key, or None: unknown, wrong, expired, revoked and suspended alike.
+    """The caller with this key, or None: see `authenticate_all`."""
+    return authenticate_all(database, [shown], now)[0]
+
+
+def authenticate_all(database: Database, shown: Sequence[str], now: float) -> list[Caller | None]:
+    """The caller with each key, or None: unknown, wrong, expired, revoked and suspended alike.
 
     Nothing is remembered between calls, so that a revoked key is worth nothing at once.
     """
-    match = _SHOWN.fullmatch(shown)
-    if match is None:
-        return None
-    prefix, secret = match.groups()
-    found = database.row(_KEY, {"prefix": prefix})
+    keys = [_SHOWN.fullmatch(one) for one in shown]
+    prefixes = sorted({key[1] for key in keys if key is not None})
+    rows = database.rows(_KEYS, {"prefixes": prefixes}) if prefixes else ()
+    found = {row.prefix: row for row in rows}
+    return [None if key is None else _caller(found.get(key[1]), key[2], now) for key in keys]
+
+
+def _caller(found: Row[*tuple[Any, ...]] | None, secret: str, now: float) -> Caller | None:
     # Compared in any case, so that the time says nothing about which prefixes exist.
     good = hmac.compare_digest(_hash(secret), found.secret_sha256 if found else _NOBODY)
     if found is None or not good:

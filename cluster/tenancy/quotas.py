@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row, func, select
@@ -20,9 +21,10 @@ _JOBS, _TENANTS = Job.__table__, Tenant.__table__
 _UNFINISHED = narrowed(
     select(func.count(_JOBS.c.phase)).where(_JOBS.c.phase.in_((*WAITING, *STAGES)))
 )
-# Not a plain FOR UPDATE: every row that refers to the tenant holds its key shared already, and two
-# requests that each held it and wanted more would wait for each other.
-_LOCKED = narrowed(select(_TENANTS).with_for_update(key_share=True))
+#: The tenant's row, locked until the transaction ends. Not a plain FOR UPDATE: every row that
+#: refers to the tenant holds its key shared already, and two requests that each held it and wanted
+#: more would wait for each other.
+LOCKED = narrowed(select(_TENANTS).with_for_update(key_share=True))
 METERED = ("training", "evaluating", "restoring")
 _SECONDS = func.sum((Stage.ended_at - Stage.started_at) * Stage.slots)
 
@@ -31,27 +33,41 @@ class QuotaExceeded(SafeftError):
     """The tenant has all that it may have; the message names the quota."""
 
 
-def check_submit(session: TenantSession) -> Row[Any]:
-    """The tenant's row, locked; QuotaExceeded unless one more job may be submitted."""
-    tenant = _locked(session)
-    if session.rows(_UNFINISHED).scalar_one() >= tenant.max_open_jobs:
+@dataclass(frozen=True)
+class Usage:
+    """What a tenant has: jobs that are not finished, and worker-seconds that were used."""
+
+    open_jobs: int
+    gpu_seconds: float
+
+
+def usage(session: TenantSession, tenant: Row[Any]) -> Usage:
+    """What counts against its limits; `tenant` is its row, `LOCKED`."""
+    limited = tenant.max_gpu_seconds is not None
+    return Usage(
+        open_jobs=session.rows(_UNFINISHED).scalar_one(),
+        gpu_seconds=gpu_seconds(session, tenant.id) if limited else 0.0,
+    )
+
+
+def check_submit(tenant: Row[Any], used: Usage, besides: int = 0) -> None:
+    """Raise QuotaExceeded unless one more job may be submitted besides so many new ones."""
+    if used.open_jobs + besides >= tenant.max_open_jobs:
         raise QuotaExceeded(
             f"max_open_jobs: {tenant.max_open_jobs} jobs are open; wait for one or cancel it"
         )
-    if tenant.max_gpu_seconds is not None:
-        used = gpu_seconds(session, tenant.id)
-        if used >= tenant.max_gpu_seconds:
-            raise QuotaExceeded(
-                f"max_gpu_seconds: {used:.0f} of {tenant.max_gpu_seconds:.0f} worker-seconds are "
-                "used; ask an administrator for more"
-            )
-    return tenant
+    limit = tenant.max_gpu_seconds
+    if limit is not None and used.gpu_seconds >= limit:
+        raise QuotaExceeded(
+            f"max_gpu_seconds: {used.gpu_seconds:.0f} of {limit:.0f} worker-seconds are used; ask "
+            "an administrator for more"
+        )
 
 
 def storage_left(session: TenantSession, *, lock: bool = False) -> int:
     """Bytes that the tenant may still store."""
     limit = (
-        _locked(session).max_storage_bytes
+        session.rows(LOCKED).one().max_storage_bytes
         if lock
         else session.scalars(select(Tenant.max_storage_bytes)).one()
     )
@@ -111,11 +127,6 @@ def chat_usage(session: TenantSession) -> dict[str, int]:
     sums = [func.sum(getattr(ChatUsage, name)) for name in names]
     row = session.execute(select(*sums)).one()
     return {name: int(found or 0) for name, found in zip(names, row, strict=True)}
-
-
-def _locked(session: TenantSession) -> Row[Any]:
-    session.flush()
-    return session.rows(_LOCKED).one()
 
 
 class RateLimiter:

@@ -31,6 +31,7 @@ from cluster.state import Database, narrowed
 from cluster.state.database import DatabaseError
 from cluster.state.models import AuditEntry, Base, File, Job, Tenant
 from safeft.errors import InputError
+from tests.control.postgresql import execute
 from tests.control.rows import add_tenant, file_row, job_row
 
 
@@ -119,9 +120,9 @@ def test_a_tenants_session_writes_nothing_of_another(database: Database) -> None
     with pytest.raises(PermissionError), database.tenant(a) as session:
         session.add(file_row(b, "file-b"))
     with pytest.raises(PermissionError), database.tenant(a) as session:
-        session.insert(file_row(b, "file-b"))
+        session.insert([file_row(b, "file-b")])
     with database.tenant(a) as session:
-        session.insert(file_row(a, "file-a"))
+        session.insert([file_row(a, "file-a")])
     with pytest.raises(PermissionError), database.tenant(a) as session:
         found = session.get(File, "file-a")
         assert found is not None
@@ -235,6 +236,22 @@ def test_a_reader_does_not_wait_for_a_writer(database: Database) -> None:
         session.flush()
         threading.Thread(target=reader, daemon=True).start()
         assert read.wait(10)
+
+
+def test_connections_that_postgresql_ended_are_replaced_before_anybody_notices(
+    postgres: str,
+) -> None:
+    database = Database(postgres.format(name="postgres"))
+    backend = text("SELECT pg_backend_pid()")
+    with database.system() as one, database.system() as other:
+        ended = {one.scalar(backend), other.scalar(backend)}
+    execute(
+        postgres, f"SELECT pg_terminate_backend(pid, 60000) FROM unnest(ARRAY{list(ended)}) pid"
+    )
+    for _ in range(2):
+        with database.system() as session:
+            assert session.scalar(backend) not in ended
+    database.close()
 
 
 def test_the_audit_table_can_only_grow(database: Database) -> None:

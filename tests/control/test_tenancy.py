@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy import select, text
 
-from cluster.state import Database
+from cluster.state import Database, TenantSession
 from cluster.state.models import ApiKey, AuditEntry, Tenant
 from cluster.tenancy import quotas
 from cluster.tenancy.audit import AuditBroken, Link, entries, record, verify
@@ -255,15 +255,20 @@ def test_a_demand_that_nothing_can_meet_or_read_is_refused(
         made(**given)
 
 
+def check_submit(session: TenantSession) -> None:
+    tenant = session.rows(quotas.LOCKED).one()
+    quotas.check_submit(tenant, quotas.usage(session, tenant))
+
+
 def test_open_jobs_are_limited_and_finished_ones_do_not_count(database: Database) -> None:
     tenant = add_tenant(database, max_open_jobs=2)
     with database.system() as session:
         session.add_all([job_row(tenant, "a"), job_row(tenant, "b", phase="failed")])
     with database.tenant(tenant) as mine:
-        quotas.check_submit(mine)
+        check_submit(mine)
         mine.add(job_row(tenant, "c", phase="training"))
     with database.tenant(tenant) as mine, pytest.raises(quotas.QuotaExceeded, match="2 jobs"):
-        quotas.check_submit(mine)
+        check_submit(mine)
 
 
 def test_a_quota_holds_where_submissions_come_at_once(database: Database) -> None:
@@ -272,7 +277,7 @@ def test_a_quota_holds_where_submissions_come_at_once(database: Database) -> Non
     def submit(number: int) -> bool:
         try:
             with database.tenant(tenant) as session:
-                quotas.check_submit(session)
+                check_submit(session)
                 session.add(job_row(tenant, f"job-{number}"))
         except quotas.QuotaExceeded:
             return False
@@ -297,12 +302,12 @@ def test_worker_seconds_are_counted_and_limited(database: Database) -> None:
         )
     with database.tenant(tenant) as mine:
         assert quotas.gpu_seconds(mine, tenant) == 80.0
-        quotas.check_submit(mine)
+        check_submit(mine)
         tenant_row = mine.get(Tenant, tenant)
         assert tenant_row is not None
         tenant_row.max_gpu_seconds = 80.0
         with pytest.raises(quotas.QuotaExceeded, match="80 of 80 worker-seconds"):
-            quotas.check_submit(mine)
+            check_submit(mine)
 
 
 def test_storage_counts_files_that_are_not_deleted(database: Database) -> None:
