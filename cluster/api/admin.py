@@ -72,7 +72,7 @@ def new_tenant(
         )
         return _tenant_object(made)
 
-    return once(services.database.system, caller, request, now, effect)[0]
+    return once(services.database, services.database.system, caller, request, now, effect)[0]
 
 
 @router.get("/tenants")
@@ -104,7 +104,7 @@ def update_tenant(
         )
         return _tenant_object(tenant)
 
-    return once(services.database.system, caller, request, now, effect)[0]
+    return once(services.database, services.database.system, caller, request, now, effect)[0]
 
 
 @router.post("/tenants/{tenant_id}/keys")
@@ -138,7 +138,9 @@ def new_key(
         )
         return answer
 
-    return once(services.database.system, caller, request, now, effect, without_secret)[0]
+    return once(
+        services.database, services.database.system, caller, request, now, effect, without_secret
+    )[0]
 
 
 @router.post("/keys/{key_id}/revoke")
@@ -165,7 +167,7 @@ def revoke_key(
         )
         return answer
 
-    return once(services.database.system, caller, request, now, effect)[0]
+    return once(services.database, services.database.system, caller, request, now, effect)[0]
 
 
 @router.get("/audit")

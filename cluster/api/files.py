@@ -157,7 +157,9 @@ def _accept(
         return answer
 
     tenant = caller.tenant_id
-    return once(lambda: services.database.tenant(tenant), caller, post, now, effect)
+    return once(
+        services.database, lambda: services.database.tenant(tenant), caller, post, now, effect
+    )
 
 
 def _shown_name(given: str) -> str:

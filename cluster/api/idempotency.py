@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cluster.api_errors import ApiError
+from cluster.state import Database
 from cluster.state.models import IdempotentAnswer
 from cluster.tenancy.keys import Caller
 from safeft.errors import SafeftError
@@ -67,6 +68,7 @@ def fingerprint(request: Request, *content: bytes) -> str:
 
 
 def once(
+    database: Database,
     transaction: Callable[[], AbstractContextManager[S]],
     caller: Caller,
     request: Repeatable,
@@ -95,8 +97,7 @@ def once(
         except (Repeated, ApiError, SafeftError, IntegrityError) as error:
             # Undone. What cannot be done twice fails where it is repeated, so ask in any case.
             if request.key is not None:
-                with transaction() as session:
-                    earlier = _earlier(session, caller, request.key)
+                earlier = _earlier(database, caller, request.key)
                 if earlier is not None:
                     return _same(request, earlier), False
             if not isinstance(error, Repeated):
@@ -142,9 +143,10 @@ def keep(
         raise Repeated
 
 
-def _earlier(session: Session, caller: Caller, key: str) -> Row[*tuple[Any, ...]] | None:
-    which = {"tenant": caller.tenant_id, "named": key}
-    return session.connection().execute(_EARLIER, which).one_or_none()
+def _earlier(database: Database, caller: Caller, key: str) -> Row[*tuple[Any, ...]] | None:
+    found = database.rows(_EARLIER, {"tenant": caller.tenant_id, "named": key})
+    database.flush()  # another request's commit, which may still be on its way to the disk
+    return found[0] if found else None
 
 
 def _same(request: Repeatable, earlier: Row[*tuple[Any, ...]]) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def _once(
     effect: Callable[[TenantSession], dict[str, Any]],
 ) -> dict[str, Any]:
     tenant = caller.tenant_id
-    return once(lambda: services.database.tenant(tenant), caller, request, now, effect)[0]
+    return once(
+        services.database, lambda: services.database.tenant(tenant), caller, request, now, effect
+    )[0]
 
 
 def _audit(

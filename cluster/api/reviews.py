@@ -90,7 +90,7 @@ def _decide(
         )
         return answer
 
-    return once(services.database.system, caller, request, now, effect)[0]
+    return once(services.database, services.database.system, caller, request, now, effect)[0]
 
 
 def _object(job: Job) -> dict[str, Any]:

@@ -189,7 +189,13 @@ def rotate(
 
     tenant = caller.tenant_id
     return once(
-        lambda: services.database.tenant(tenant), caller, request, now, effect, without_secret
+        services.database,
+        lambda: services.database.tenant(tenant),
+        caller,
+        request,
+        now,
+        effect,
+        without_secret,
     )[0]
 
 
@@ -213,7 +219,9 @@ def revoke(key_id: str, services: With, caller: AnyCaller, request: JsonPost) ->
         return answer
 
     tenant = caller.tenant_id
-    return once(lambda: services.database.tenant(tenant), caller, request, now, effect)[0]
+    return once(
+        services.database, lambda: services.database.tenant(tenant), caller, request, now, effect
+    )[0]
 
 
 def _own_key(session: TenantSession, caller: AnyCaller, key_id: str) -> ApiKey:

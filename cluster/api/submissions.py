@@ -65,23 +65,22 @@ class Submissions:
             answer = await run_in_threadpool(self._alone, submission)
         return answer
 
-    def _accept(self, line: Sequence[Submission]) -> list[dict[str, Any] | None]:
+    def _accept(self, line: Sequence[Submission]) -> list[dict[str, Any] | Exception | None]:
         """The answers to those whose jobs are in the database now; None: that one goes on alone."""
         if len(line) == 1:
             return [self._alone(line[0])]
         try:
             with self._database.tenant(line[0].caller.tenant_id) as session:
-                found = [
-                    None if isinstance(answer, Exception) else answer
-                    for answer in self._enter(session, line)
-                ]
-                new = [
-                    (one.request, answer) for one, answer in zip(line, found, strict=True) if answer
-                ]
+                found = self._enter(session, line)
+                pairs = list(zip(line, found, strict=True))
+                new = [(one.request, got) for one, got in pairs if not isinstance(got, Exception)]
                 keep(session, line[0].caller, new, line[0].now)
-            return found
         except (Repeated, IntegrityError, DataError):
             return [None] * len(line)  # undone: the one whose fault it was is told so alone
+        # One with a key may have been answered before, when nothing was wrong with it.
+        return [
+            None if isinstance(got, Exception) and one.request.key else got for one, got in pairs
+        ]
 
     def _alone(self, one: Submission) -> dict[str, Any]:
         def effect(session: TenantSession) -> dict[str, Any]:
@@ -92,7 +91,12 @@ class Submissions:
 
         tenant_id = one.caller.tenant_id
         return once(
-            lambda: self._database.tenant(tenant_id), one.caller, one.request, one.now, effect
+            self._database,
+            lambda: self._database.tenant(tenant_id),
+            one.caller,
+            one.request,
+            one.now,
+            effect,
         )[0]
 
     def _enter(

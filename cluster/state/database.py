@@ -37,6 +37,17 @@ if TYPE_CHECKING:  # only who uses PostgreSQL loads its driver
 _BUSY_TIMEOUT_S = 30.0
 _MIGRATION_LOCK = 0x5AFE_F7  # any number, the same in every process
 _READ = "safeft_read"
+#: A server that vanished without a word is noticed in half a minute, not in a quarter of an hour.
+_POSTGRES_LIMITS = {
+    "connect_timeout": 10,  # s
+    "tcp_user_timeout": 10_000,  # ms
+    "keepalives_idle": 10,  # s
+    "keepalives_interval": 5,  # s
+    "keepalives_count": 3,
+}
+_POSTGRES_RECYCLE_S = (
+    240.0  # what stands between may forget connections that say nothing for longer
+)
 #: Transactions that write to PostgreSQL at a time: most wait for the same rows, and all take turns.
 _WRITERS = 2
 
@@ -122,6 +133,10 @@ class Database:
                 command.upgrade(config, revision)
             else:
                 command.downgrade(config, revision)
+        self.flush()
+
+    def flush(self) -> None:
+        """Return when all that was committed before is on the disk; PostgreSQL's always is."""
         if self._group is not None:
             self._group.flush()
 
@@ -168,7 +183,14 @@ def _engine(url: str) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-        engine = create_engine(parsed, pool_size=16, max_overflow=16, hide_parameters=True)
+        engine = create_engine(
+            parsed,
+            pool_size=16,
+            max_overflow=16,
+            pool_recycle=_POSTGRES_RECYCLE_S,
+            connect_args={k: v for k, v in _POSTGRES_LIMITS.items() if k not in parsed.query},
+            hide_parameters=True,
+        )
         event.listen(engine, "checkout", _check_postgres)
         return engine
     if backend != "sqlite" or not parsed.database or not Path(parsed.database).is_absolute():

@@ -93,3 +93,54 @@ def test_a_request_that_is_given_up_holds_nobody_up() -> None:
         assert given_up.cancelled()
 
     asyncio.run(story())
+
+
+def test_a_line_that_hangs_holds_up_nobody_who_comes_later() -> None:
+    async def story() -> None:
+        desk = Desk()
+        lines = Lines(desk, patience_s=0.01)
+        hanging = asyncio.create_task(lines.join("a", 1))
+        await desk.busy()
+        other = asyncio.create_task(lines.join("a", 2))
+        await desk.busy()  # it is being served, though the first one still is
+        desk.go.release(2)
+        assert await asyncio.gather(hanging, other) == [10, 20]
+
+    asyncio.run(story())
+
+
+def test_nobody_waits_for_ever_for_a_desk_that_forgot_somebody() -> None:
+    async def story() -> None:
+        lines = Lines[int, int](lambda line: [10 * number for number in line[1:]])
+        for _ in range(2):
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(lines.join("a", 1), timeout=60)
+
+    asyncio.run(story())
+
+
+def test_lines_go_on_in_another_event_loop_after_one_that_was_broken_off() -> None:
+    desk = Desk()
+    lines = Lines(desk)
+
+    async def broken_off() -> None:
+        waiting = asyncio.create_task(lines.join("a", 1))
+        await desk.busy()
+        waiting.cancel()
+        desk.go.release()
+
+    asyncio.run(broken_off())
+    desk.go.release()
+    assert asyncio.run(lines.join("a", 2)) == 20
+
+
+def test_a_line_of_thousands_is_served_in_parts() -> None:
+    async def story() -> None:
+        desk = Desk()
+        lines = Lines(desk)
+        desk.go.release(100)
+        found = await asyncio.gather(*(lines.join("a", number) for number in range(100, 1300)))
+        assert found == [10 * number for number in range(100, 1300)]
+        assert [len(line) for line in desk.served] == [500, 500, 200]
+
+    asyncio.run(story())
