@@ -77,14 +77,15 @@ def _safer_at_equal_accuracy(a: ArmResult, *others: ArmResult) -> Judged:
     b = min(others, key=lambda other: abs(a.points_of_accuracy(other)))
     if matched(a, b):
         return _safer(a, b)
+    none = f"no control is within {MATCHED_POINTS:g} points of accuracy"
     less = [other for other in others if a.points_of_accuracy(other) > 0]
     if less:
         b = min(less, key=lambda other: a.points_of_accuracy(other))
         if (safer := _safer(a, b)).verdict == "yes":
             return safer
-    return Judged(
-        "unknown", f"no control is within {MATCHED_POINTS:g} points of accuracy: {compared(a, b)}"
-    )
+        if safer.verdict == "no":
+            return Judged("open", f"{none}, and one that learned less refuses more: {safer.found}")
+    return Judged("unknown", f"{none}: {compared(a, b)}")
 
 
 def _cheaper_and_as_safe(a: ArmResult, b: ArmResult) -> Judged:
