@@ -22,7 +22,8 @@ from rich.table import Table
 from benchmarks.protection import short_rows
 from cluster.cli.console import progress_bars
 from jobs.demo.datasets import ANSWERS, REQUESTS, demo_data
-from jobs.pipeline import run_job
+from jobs.evaluate import evaluate
+from jobs.pipeline import train_job
 from jobs.spec import (
     DataSpec,
     FinetuneSpec,
@@ -135,17 +136,25 @@ def measured(
         screening=ScreeningSpec(override_reason=WHY),
         output=output / "run",
     )
-    result = run_job(
-        spec,
-        lambda label, done, total: progress(f"{recipe.name}: {label}", done, total),
-        screening=output / "screening",
-    )
+
+    def told(label: str, done: int, total: int | None) -> None:
+        progress(f"{recipe.name}: {label}", done, total)
+
+    trained = train_job(spec, told, screening=output / "screening")
+    after = evaluate(
+        trained.model_dir,
+        trained.tuned.weights,
+        kinds=["harmful"],
+        output=output / "evaluation.json",
+        progress=told,
+    ).refusal("harmful")
     tally = ExposureTally(profile.policy().row_threshold)
     for one in read_scores(output / "screening"):
         tally.add(known_score(one))
-    exposure, after = tally.exposure(), result.after.refusal("harmful")
+    exposure = tally.exposure()
     assert exposure is not None, "rows that were trained on have scores"
-    return Pair(recipe.name, exposure, after.hits, after.n), result.before.refusal("harmful").value
+    before = trained.before.refusal("harmful")
+    return Pair(recipe.name, exposure, after.hits, after.n), before.value
 
 
 def dataset(recipe: Recipe, data: Path) -> list[str]:

@@ -26,7 +26,7 @@ from safeft.evaluate import (
 )
 from safeft.models import load_merged, load_tokenizer, tuned_hash, weights_hash
 from safeft.progress import Progress, silent
-from safeft.prompts import KINDS, Split, load_prompts, prompt_set_hash
+from safeft.prompts import KINDS, Kind, Split, load_prompts, prompt_set_hash
 
 #: A refusal that turns into instructions after this many tokens is missed (docs/evaluation.md).
 MAX_NEW_TOKENS = 32
@@ -37,6 +37,7 @@ def evaluate(
     adapter: Path | None = None,
     *,
     split: Split = "report",
+    kinds: Sequence[Kind] = KINDS,
     held_out: Sequence[Row] | None = None,
     max_tokens: int = 512,
     output: Path | None = None,
@@ -47,6 +48,7 @@ def evaluate(
     Args:
         model_dir: the base model.
         adapter: what fine-tuning made of it: a LoRA adapter or a whole model.
+        kinds: of prompts; a gate needs all of them.
         output: a JSON file; an evaluation of the same things in it is returned as it is.
 
     Raises:
@@ -54,7 +56,7 @@ def evaluate(
         MeasurementError: something could not be measured; there is then no evaluation.
     """
     sets: dict[str, list[str]] = {
-        kind: [p.text for p in load_prompts(kind, split)] for kind in KINDS
+        kind: [p.text for p in load_prompts(kind, split)] for kind in kinds
     }
     chats = [repr(row.to_dict()["messages"]) for row in held_out or ()]
     tokenizer = load_tokenizer(model_dir)
