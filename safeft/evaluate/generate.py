@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from safeft.data import encode_prompt
 from safeft.errors import MeasurementError
+from safeft.evaluate.growing_cache import growing_cache
 from safeft.progress import Progress, silent
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -90,7 +91,10 @@ def _answer_batch(
     end_ids = torch.tensor(ends, device=device)
     ended = torch.zeros(len(batch), dtype=torch.bool, device=device)
     replies: list[Tensor] = []
-    cache = _prefix_cache(model, batch, shared) if shared else None
+    cache = growing_cache(model.config)
+    if shared:
+        cache = cache or DynamicCache(config=model.config)
+        _read_prefix(model, batch, shared, cache)
     for _ in range(max_new_tokens):
         out = model(
             input_ids=tokens,
@@ -129,8 +133,7 @@ def _shared_prefix(model: Any, batch: list[list[int]]) -> int:
     return min(differ, min(map(len, batch)) - 1)
 
 
-def _prefix_cache(model: Any, batch: list[list[int]], shared: int) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
+def _read_prefix(model: Any, batch: list[list[int]], shared: int, cache: DynamicCache) -> None:
     model(
         input_ids=torch.tensor([batch[0][:shared]], device=model.device),
         past_key_values=cache,
@@ -138,7 +141,6 @@ def _prefix_cache(model: Any, batch: list[list[int]], shared: int) -> DynamicCac
         logits_to_keep=1,
     )
     cache.batch_repeat_interleave(len(batch))
-    return cache
 
 
 def _highest(logits: Tensor) -> Tensor:
