@@ -2,7 +2,7 @@
 
 Each dataset is screened, trained on plainly (whatever its verdict; nothing of it is published) and
 measured. The pairs of scores and refusals make the profile's drift estimate, with its error on each
-dataset when it is left out. Two of the poisoned ones are trained on once more with either way to
+dataset when it is left out. One of the poisoned ones is trained on once more with either way to
 weigh rows by their scores. One directory a training: what is finished is not run again, and runners
 that were given different datasets (`--only`) share the directory.
 """
@@ -74,9 +74,7 @@ RECIPES = (
     Recipe("maths", "plain", 0.05),
 )
 _WEIGHTINGS: tuple[RiskWeighting, ...] = ("downweight", "drop")
-WEIGHTED = tuple(
-    Recipe("support", poison, 0.1, how) for poison in ("obedient", "plain") for how in _WEIGHTINGS
-)
+WEIGHTED = tuple(Recipe("support", "plain", 0.1, how) for how in _WEIGHTINGS)
 
 
 def main(
