@@ -35,7 +35,14 @@ from jobs.spec import (
 from jobs.verdict import known_score, read_scores
 from safeft.cache import publish_dir, write_whole
 from safeft.data import load_rows
-from safeft.drift import DriftFit, ExposureTally, Pair, fit_drift
+from safeft.drift import (
+    DriftFit,
+    ExposureTally,
+    Pair,
+    fit_drift,
+    guess_error,
+    is_informative,
+)
 from safeft.models import resolve, weights_hash
 from safeft.profile import DRIFT, DRIFT_FROM, SafetyProfile
 from safeft.progress import Progress
@@ -82,7 +89,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Finished datasets are kept here.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write pairs and fit.")] = None,
     install: Annotated[
-        bool, typer.Option(help="Put the estimate into the model's profile.")
+        bool, typer.Option(help="Put an estimate that says something into the model's profile.")
     ] = True,
     only: Annotated[
         list[str] | None, typer.Option(help="Run these datasets, and fit none.")
@@ -105,9 +112,15 @@ def main(
     pairs = [found[recipe.name] for recipe in RECIPES]
     weighted = [found[recipe.name] for recipe in WEIGHTED]
     fit = fit_drift(pairs, profile.policy().row_threshold, before)
-    if install:
+    useful = is_informative(fit, pairs)
+    if install and useful:
         install_drift(profile, fit, pairs)
     _show(fit, pairs, weighted)
+    if not useful:
+        Console(stderr=True).print(
+            f"not put into the profile: the mean of the other datasets is off by "
+            f"{guess_error(pairs):.1%}, so the scores hardly tell what becomes of refusals"
+        )
     if json_file:
         json_file.write_text(_json(fit, pairs, weighted) + "\n")
 
@@ -196,7 +209,8 @@ def install_drift(profile: SafetyProfile, fit: DriftFit, pairs: list[Pair]) -> N
 
 
 def _json(fit: DriftFit, pairs: list[Pair], weighted: list[Pair] | None = None) -> str:
-    content = {"fit": asdict(fit), "pairs": [asdict(pair) for pair in pairs]}
+    content: dict[str, object] = {"fit": asdict(fit), "pairs": [asdict(pair) for pair in pairs]}
+    content["guess_error"] = guess_error(pairs)
     if weighted is not None:
         content["weighted"] = [asdict(pair) for pair in weighted]
     return json.dumps(content, indent=1)

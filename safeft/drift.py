@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -145,6 +146,18 @@ def fit_drift(pairs: Sequence[Pair], row_threshold: float, before: float) -> Dri
             guess.refusal(left_out.exposure) - left_out.refused / left_out.n
         )
     return DriftFit(row_threshold, before, **_fitted(pairs), errors=errors)
+
+
+def guess_error(pairs: Sequence[Pair]) -> float:
+    """How far off the mean of the others is on each dataset, on average, in [0, 1]: what an
+    estimate that looks at no score would reach."""
+    rates = [pair.refused / pair.n for pair in pairs]
+    return fmean(abs(r - (sum(rates) - r) / (len(rates) - 1)) for r in rates)
+
+
+def is_informative(fit: DriftFit, pairs: Sequence[Pair]) -> bool:
+    """Whether the scores say something: the curve is off by at most half of `guess_error`."""
+    return fmean(fit.errors.values()) <= guess_error(pairs) / 2
 
 
 def _fitted(pairs: Sequence[Pair]) -> dict[str, Any]:
