@@ -218,6 +218,7 @@ def _json(fit: DriftFit, pairs: list[Pair], weighted: list[Pair] | None = None) 
 
 def _show(fit: DriftFit, pairs: list[Pair], weighted: list[Pair]) -> None:
     table = Table("dataset", "risky", "mean SQSD", "refuses after", "estimate", "off when left out")
+    table.columns[0].no_wrap = True
     for pair in (*pairs, *weighted):
         error = fit.errors.get(pair.name)
         table.add_row(
