@@ -13,7 +13,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -28,7 +28,6 @@ from jobs.spec import (
     DataSpec,
     FinetuneSpec,
     LoraSpec,
-    RiskWeighting,
     ScreeningSpec,
     TrainingSpec,
 )
@@ -49,6 +48,7 @@ from safeft.progress import Progress
 from safeft.prompts import load_prompts
 from safeft.reference_rows import CALIBRATION_OPENINGS, pick
 
+RiskWeighting = Literal["none", "downweight", "drop"]  # as in TrainingSpec
 MODEL, ROWS, MAX_TOKENS = "demo:aligned", 120, 384
 WHY = "benchmarks.drift measures what training on it does; nothing of it is published"
 

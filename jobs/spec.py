@@ -24,8 +24,6 @@ from jobs.strict_yaml import read_yaml
 from safeft.constraints import ConstraintConfig
 from safeft.errors import SpecError
 
-RiskWeighting = Literal["none", "downweight", "drop"]
-
 
 class DataSpec(SpecPart):
     """Paths are relative to the spec's directory.
@@ -76,7 +74,7 @@ class TrainingSpec(SpecPart):
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 20
     keep_checkpoints: Count = 2
-    risk_weighting: RiskWeighting = "none"
+    risk_weighting: Literal["none", "downweight", "drop"] = "none"
 
 
 class DistributedSpec(SpecPart):
