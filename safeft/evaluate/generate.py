@@ -11,7 +11,6 @@ from transformers import DynamicCache
 
 from safeft.data import encode_prompt
 from safeft.errors import MeasurementError
-from safeft.evaluate.growing_cache import growing_cache
 from safeft.progress import Progress, silent
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -91,10 +90,7 @@ def _answer_batch(
     end_ids = torch.tensor(ends, device=device)
     ended = torch.zeros(len(batch), dtype=torch.bool, device=device)
     replies: list[Tensor] = []
-    cache = growing_cache(model.config)
-    if shared:
-        cache = cache or DynamicCache(config=model.config)
-        _read_prefix(model, batch, shared, cache)
+    cache = _prefix_cache(model, batch, shared) if shared else None
     for _ in range(max_new_tokens):
         out = model(
             input_ids=tokens,
@@ -133,7 +129,8 @@ def _shared_prefix(model: Any, batch: list[list[int]]) -> int:
     return min(differ, min(map(len, batch)) - 1)
 
 
-def _read_prefix(model: Any, batch: list[list[int]], shared: int, cache: DynamicCache) -> None:
+def _prefix_cache(model: Any, batch: list[list[int]], shared: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
     model(
         input_ids=torch.tensor([batch[0][:shared]], device=model.device),
         past_key_values=cache,
@@ -141,6 +138,7 @@ def _read_prefix(model: Any, batch: list[list[int]], shared: int, cache: Dynamic
         logits_to_keep=1,
     )
     cache.batch_repeat_interleave(len(batch))
+    return cache
 
 
 def _highest(logits: Tensor) -> Tensor:
