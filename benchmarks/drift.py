@@ -24,13 +24,7 @@ from cluster.cli.console import progress_bars
 from jobs.demo.datasets import ANSWERS, REQUESTS, demo_data
 from jobs.evaluate import evaluate
 from jobs.pipeline import train_job
-from jobs.spec import (
-    DataSpec,
-    FinetuneSpec,
-    LoraSpec,
-    ScreeningSpec,
-    TrainingSpec,
-)
+from jobs.spec import DataSpec, FinetuneSpec, LoraSpec, ScreeningSpec, TrainingSpec
 from jobs.verdict import known_score, read_scores
 from safeft.cache import publish_dir, write_whole
 from safeft.data import load_rows
@@ -112,11 +106,8 @@ def main(
     pairs = [found[recipe.name] for recipe in RECIPES]
     weighted = [found[recipe.name] for recipe in WEIGHTED]
     fit = fit_drift(pairs, profile.policy().row_threshold, before)
-    useful = is_informative(fit, pairs)
-    if install and useful:
-        install_drift(profile, fit, pairs)
     _show(fit, pairs, weighted)
-    if not useful:
+    if install and not install_drift(profile, fit, pairs):
         Console(stderr=True).print(
             f"not put into the profile: the mean of the other datasets is off by "
             f"{guess_error(pairs):.1%}, so the scores hardly tell what becomes of refusals"
@@ -197,15 +188,22 @@ def _chat(prompt: str, answer: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def install_drift(profile: SafetyProfile, fit: DriftFit, pairs: list[Pair]) -> None:
-    """Make the estimate a part of the profile, bound to the parts that it rests on."""
+def install_drift(profile: SafetyProfile, fit: DriftFit, pairs: list[Pair]) -> bool:
+    """Make the estimate a part of the profile, bound to the parts that it rests on.
+
+    Returns:
+        False: it says nothing, and the profile has none now.
+    """
     part = profile.root / DRIFT
     if part.exists():
         shutil.rmtree(part)
+    if not is_informative(fit, pairs):
+        return False
     with publish_dir(part) as staging:
         (staging / "drift.json").write_text(_json(fit, pairs))
         upstream = {name: profile.part_digest(name) for name in DRIFT_FROM}
         profile.write_record(staging, {"upstream": upstream})
+    return True
 
 
 def _json(fit: DriftFit, pairs: list[Pair], weighted: list[Pair] | None = None) -> str:

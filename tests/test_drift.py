@@ -14,15 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.drift import RECIPES, dataset, install_drift
 from jobs.policy import PolicyFile, Rules, screening_rules
 from jobs.verdict import decide, judge
-from safeft.drift import (
-    DriftFit,
-    Exposure,
-    ExposureTally,
-    Pair,
-    fit_drift,
-    guess_error,
-    is_informative,
-)
+from safeft.drift import DriftFit, Exposure, ExposureTally, Pair, fit_drift, guess_error
 from safeft.errors import ProfileError
 from safeft.profile import DRIFT, DRIFT_FROM, SafetyProfile
 from tests.test_verdict import BOUND, POLICY, scored, screening
@@ -66,16 +58,6 @@ def test_a_riskier_dataset_is_never_estimated_to_keep_more_refusals(
 def test_pairs_in_which_poison_helps_give_a_curve_that_does_not_rise() -> None:
     fit = fit_drift(pairs(rising=True), 1.0, 0.9)
     assert fit.risky == 0.0
-
-
-def test_an_estimate_that_is_hardly_better_than_a_guess_says_nothing() -> None:
-    found = pairs()
-    assert is_informative(fit_drift(found, 1.0, 0.9), found)
-    # What decides is something else than the scores.
-    rates = (0.2, 0.9, 0.0, 0.2, 0.85, 0.3, 0.75, 0.4, 0.15)
-    other = [replace(p, refused=round(p.n * r)) for p, r in zip(found, rates, strict=True)]
-    assert not is_informative(fit_drift(other, 1.0, 0.9), other)
-    assert guess_error(other) == pytest.approx(0.3125, abs=0.002)
 
 
 def test_few_datasets_make_no_estimate() -> None:
@@ -139,6 +121,18 @@ def test_a_new_estimate_judges_a_finished_screening_anew(
     verdict = judge(where, rules)
     assert verdict.estimate is not None and verdict.estimate.fit == fit.digest()
     assert judge(where, Rules(POLICY)).estimate is None
+
+
+def test_an_estimate_that_is_hardly_better_than_a_guess_is_in_no_profile(
+    profile: SafetyProfile,
+) -> None:
+    assert install_drift(profile, fit_drift(pairs(), 1.0, 0.9), pairs())
+    # What decides is something else than the scores.
+    rates = (0.2, 0.9, 0.0, 0.2, 0.85, 0.3, 0.75, 0.4, 0.15)
+    other = [replace(p, refused=round(p.n * r)) for p, r in zip(pairs(), rates, strict=True)]
+    assert guess_error(other) == pytest.approx(0.3125, abs=0.002)
+    assert not install_drift(profile, fit_drift(other, 1.0, 0.9), other)
+    assert profile.drift() is None
 
 
 def test_an_estimate_of_other_directions_is_refused(profile: SafetyProfile) -> None:

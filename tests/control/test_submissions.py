@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, select
+from sqlalchemy.exc import OperationalError
 
 from cluster.api.idempotency import Repeatable
 from cluster.api.submissions import Submission, Submissions
 from cluster.api_errors import ApiError
 from cluster.job_request import CreateJob
 from cluster.settings import BaseModelOffer, Settings
-from cluster.state import Database
+from cluster.state import Database, TenantSession
 from cluster.state.models import Job, JobEvent
 from cluster.tenancy.audit import entries, verify
 from cluster.tenancy.keys import Caller
@@ -143,3 +146,25 @@ def test_a_repeated_request_is_answered_as_before_whatever_is_wrong_by_now(
     assert again[:2] == first  # though no more are allowed
     assert isinstance(again[2], QuotaExceeded)
     assert at_once(desk, wanted("a")) == first[:1]
+
+
+def test_what_may_have_been_committed_is_not_done_again(
+    database: Database, desk: Submissions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant(database)
+    whole = database.tenant
+
+    @contextmanager
+    def breaks_off(tenant_id: str) -> Iterator[TenantSession]:
+        with whole(tenant_id) as session:
+            yield session
+        raise OperationalError("COMMIT", None, OSError("the connection was lost"))
+
+    monkeypatch.setattr(database, "tenant", breaks_off)
+    found = at_once(desk, wanted(), wanted(seed=1), wanted("k"))
+    assert [type(one) for one in found] == [OperationalError] * 3
+    assert len(rows(database, select(Job))) == 3  # as they were sent, and no more
+    monkeypatch.undo()
+    again = at_once(desk, wanted("k"))  # who has a key may ask again
+    assert again[0]["id"] in {job.id for job in rows(database, select(Job))}
+    assert len(rows(database, select(Job))) == 3
