@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from cluster.api.auth import Administrator
 from cluster.api.errors import not_found
-from cluster.api.idempotency import JsonPost, once
+from cluster.api.idempotency import JsonPost, once_over_all
 from cluster.api.safety import key_object, without_secret
 from cluster.api.services import With
 from cluster.state.models import ApiKey, Tenant
@@ -72,7 +72,7 @@ def new_tenant(
         )
         return _tenant_object(made)
 
-    return once(services.database, services.database.system, caller, request, now, effect)[0]
+    return once_over_all(services.database, caller, request, now, effect)
 
 
 @router.get("/tenants")
@@ -104,7 +104,7 @@ def update_tenant(
         )
         return _tenant_object(tenant)
 
-    return once(services.database, services.database.system, caller, request, now, effect)[0]
+    return once_over_all(services.database, caller, request, now, effect)
 
 
 @router.post("/tenants/{tenant_id}/keys")
@@ -138,9 +138,7 @@ def new_key(
         )
         return answer
 
-    return once(
-        services.database, services.database.system, caller, request, now, effect, without_secret
-    )[0]
+    return once_over_all(services.database, caller, request, now, effect, without_secret)
 
 
 @router.post("/keys/{key_id}/revoke")
@@ -167,7 +165,7 @@ def revoke_key(
         )
         return answer
 
-    return once(services.database, services.database.system, caller, request, now, effect)[0]
+    return once_over_all(services.database, caller, request, now, effect)
 
 
 @router.get("/audit")

@@ -156,10 +156,7 @@ def _accept(
         )
         return answer
 
-    tenant = caller.tenant_id
-    return once(
-        services.database, lambda: services.database.tenant(tenant), caller, post, now, effect
-    )
+    return once(services.database, caller, post, now, effect)
 
 
 def _shown_name(given: str) -> str:

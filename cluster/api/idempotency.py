@@ -19,12 +19,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cluster.api_errors import ApiError
-from cluster.state import Database
+from cluster.state import Database, TenantSession
 from cluster.state.models import IdempotentAnswer
 from cluster.tenancy.keys import Caller
 from safeft.errors import SafeftError
 
 S = TypeVar("S", bound=Session)
+Answer = dict[str, Any]
 _TABLE = cast(Table, IdempotentAnswer.__table__)
 _MINE = (_TABLE.c.tenant_id == bindparam("tenant"), _TABLE.c.key == bindparam("named"))
 _EARLIER = select(_TABLE.c.request_sha256, _TABLE.c.answer).where(*_MINE)
@@ -69,14 +70,15 @@ def fingerprint(request: Request, *content: bytes) -> str:
 
 def once(
     database: Database,
-    transaction: Callable[[], AbstractContextManager[S]],
     caller: Caller,
     request: Repeatable,
     now: float,
-    effect: Callable[[S], dict[str, Any]],
-    kept: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
-) -> tuple[dict[str, Any], bool]:
-    """Do `effect` in a transaction; all of it is undone where this request was answered before.
+    effect: Callable[[TenantSession], Answer],
+    kept: Callable[[Answer], Answer] = lambda answer: answer,
+) -> tuple[Answer, bool]:
+    """Do `effect` in a transaction of the caller's tenant.
+
+    All of it is undone where this request was answered before.
 
     Args:
         effect: changes the transaction's rows and nothing else.
@@ -88,6 +90,32 @@ def once(
     Raises:
         ApiError: 409, the key came with another request before.
     """
+    return _once(
+        database, lambda: database.tenant(caller.tenant_id), caller, request, now, effect, kept
+    )
+
+
+def once_over_all(
+    database: Database,
+    caller: Caller,
+    request: Repeatable,
+    now: float,
+    effect: Callable[[Session], Answer],
+    kept: Callable[[Answer], Answer] = lambda answer: answer,
+) -> Answer:
+    """`once` for administrators: in a transaction over all tenants' rows. The answer alone."""
+    return _once(database, database.system, caller, request, now, effect, kept)[0]
+
+
+def _once(
+    database: Database,
+    transaction: Callable[[], AbstractContextManager[S]],
+    caller: Caller,
+    request: Repeatable,
+    now: float,
+    effect: Callable[[S], Answer],
+    kept: Callable[[Answer], Answer],
+) -> tuple[Answer, bool]:
     while True:
         try:
             with transaction() as session:

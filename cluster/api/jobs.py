@@ -148,10 +148,7 @@ def _once(
     now: float,
     effect: Callable[[TenantSession], dict[str, Any]],
 ) -> dict[str, Any]:
-    tenant = caller.tenant_id
-    return once(
-        services.database, lambda: services.database.tenant(tenant), caller, request, now, effect
-    )[0]
+    return once(services.database, caller, request, now, effect)[0]
 
 
 def _audit(

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from cluster.api.auth import Administrator
 from cluster.api.errors import invalid, not_found
-from cluster.api.idempotency import JsonPost, once
+from cluster.api.idempotency import JsonPost, once_over_all
 from cluster.api.services import With
 from cluster.controller.reviews import decide, subject
 from cluster.state.models import Job
@@ -90,7 +90,7 @@ def _decide(
         )
         return answer
 
-    return once(services.database, services.database.system, caller, request, now, effect)[0]
+    return once_over_all(services.database, caller, request, now, effect)
 
 
 def _object(job: Job) -> dict[str, Any]:

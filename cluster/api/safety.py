@@ -187,16 +187,7 @@ def rotate(
         )
         return answer
 
-    tenant = caller.tenant_id
-    return once(
-        services.database,
-        lambda: services.database.tenant(tenant),
-        caller,
-        request,
-        now,
-        effect,
-        without_secret,
-    )[0]
+    return once(services.database, caller, request, now, effect, without_secret)[0]
 
 
 @router.post("/keys/{key_id}/revoke")
@@ -218,10 +209,7 @@ def revoke(key_id: str, services: With, caller: AnyCaller, request: JsonPost) ->
         )
         return answer
 
-    tenant = caller.tenant_id
-    return once(
-        services.database, lambda: services.database.tenant(tenant), caller, request, now, effect
-    )[0]
+    return once(services.database, caller, request, now, effect)[0]
 
 
 def _own_key(session: TenantSession, caller: AnyCaller, key_id: str) -> ApiKey:

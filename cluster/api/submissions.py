@@ -89,15 +89,7 @@ class Submissions:
                 raise answer
             return answer
 
-        tenant_id = one.caller.tenant_id
-        return once(
-            self._database,
-            lambda: self._database.tenant(tenant_id),
-            one.caller,
-            one.request,
-            one.now,
-            effect,
-        )[0]
+        return once(self._database, one.caller, one.request, one.now, effect)[0]
 
     def _enter(
         self, session: TenantSession, line: Sequence[Submission]
