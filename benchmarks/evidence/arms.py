@@ -101,6 +101,7 @@ ARMS: dict[str, Arm] = {
     "project-contrast-1": Arm((contrast(1.0),)),
     "asft-0.1+project-contrast-1": Arm(DEFAULT),
     "project-contrast-0.5": Arm((contrast(0.5),)),
+    "project-contrast-2": Arm((contrast(2.0),)),
     "plain-3e-4": Arm(learning_rate=3e-4),
     "random-all-both-3e-4": Arm((projection("all", "both", random=True),), learning_rate=3e-4),
     "project-all-both-2e-3": Arm((WHOLE,), learning_rate=2e-3),
@@ -117,13 +118,14 @@ FINALISTS = (
     "asft-0.1+project-contrast-1",
     "project-all-both",
 )
+#: What costs little of the task, and is restored after.
+LIGHTER = ("project-contrast-1", "project-all-response", "safeinstr-16+32")
 #: With one seed.
 ALSO_FINAL = (
-    "project-contrast-1",
+    *LIGHTER,
     "safeinstr-8+16+asft-0.1+project-contrast-1",
     "plain-3e-4",
     "random-all-both-3e-4",
-    "safeinstr-16+32",
     "safeinstr",
 )
 #: On GSM8K as well, at the other shares, and where every row asks for obedience.
