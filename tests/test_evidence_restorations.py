@@ -20,7 +20,7 @@ from benchmarks.evidence.restoration_results import (
     safereact_claim,
 )
 from benchmarks.evidence.restorations import (
-    REFERENCES,
+    ABLATIONS,
     Method,
     RestorationRuns,
     RestorationSetting,
@@ -47,7 +47,7 @@ def test_every_method_restores_plain_models_and_the_ablations_these_alone() -> N
     names = [one.name for one in cells()]
     assert len(set(names)) == len(names)
     for task in ("sorting", "gsm8k"):
-        for method in ("safereact", "tuning", "safelora", *REFERENCES):
+        for method in ("safereact", "tuning", "safelora", *ABLATIONS):
             assert f"{task}-10-plain-{method}-seed-0" in names
     assert not [n for n in names if "plain" not in n and "no-reminder" in n]
 

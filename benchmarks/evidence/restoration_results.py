@@ -27,7 +27,7 @@ class Restored:
 
     @property
     def title(self) -> str:
-        return f"{self.tenant.title}; `{self.arm}`, seed {self.seed}"
+        return f"{self.tenant.stage}: {self.tenant.title}; `{self.arm}`, seed {self.seed}"
 
 
 def restored_of(records: Sequence[Record]) -> list[Restored]:
@@ -80,7 +80,8 @@ def came_back(model: Restored, method: str) -> bool:
 
 def safereact_claim(models: Sequence[Restored]) -> Judged:
     """That refusals come back, and the task and other prompts' answers stay."""
-    ours = [model for model in models if SAFEREACT in model.methods]
+    final = [model for model in models if model.tenant.stage == "final"]
+    ours = [model for model in final if SAFEREACT in model.methods]
     if not ours:
         return Judged("unknown", "no model has been restored")
     good = sum(came_back(model, SAFEREACT) for model in ours)

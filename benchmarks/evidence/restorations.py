@@ -36,13 +36,23 @@ from safeft.data import Row, TokenisedRow
 from safeft.errors import MeasurementError
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
-from safeft.safereact import ReferenceConfig
+from safeft.prompts import Split
+from safeft.safereact import ReferenceConfig, SafeReactConfig
 
 PART, DEGRADED_POINTS = "restorations", 10.0
-Method = Literal["safereact", "safereact-no-reminder", "safereact-unpruned", "tuning", "safelora"]
-#: SafeReAct's reference, by method: the default, and what of it is left out.
+Method = Literal[
+    "safereact",
+    "safereact-120",
+    "safereact-no-reminder",
+    "safereact-unpruned",
+    "tuning",
+    "safelora",
+]
+#: SafeReAct's reference, by method: the default, for twice the steps too, and what of it is left
+#: out.
 REFERENCES: dict[str, ReferenceConfig] = {
     "safereact": ReferenceConfig(),
+    "safereact-120": ReferenceConfig(),
     "safereact-no-reminder": ReferenceConfig(reminder=""),
     "safereact-unpruned": ReferenceConfig(domain_share=0.0),
 }
@@ -51,6 +61,7 @@ ABLATIONS: tuple[Method, ...] = ("safereact-no-reminder", "safereact-unpruned")
 #: Restoring takes about as long as so many answers to prompts.
 _WORK: dict[Method, float] = {
     "safereact": 1200,
+    "safereact-120": 2400,
     "safereact-no-reminder": 1600,
     "safereact-unpruned": 1600,
     "tuning": 1800,
@@ -73,24 +84,43 @@ class RestorationSetting(Setting):
 
 
 def cells() -> list[Cell]:
-    """Plain training's models first, and SafeReAct's ablations on these."""
+    """Settings are chosen in a sweep; of the finals plain training's models are first, with
+    SafeReAct's ablations."""
     tasks: tuple[Task, ...] = ("sorting", "gsm8k")
     plain = [cell(m, "plain", task) for task in tasks for m in (*METHODS, *ABLATIONS)]
     others = [arm for arm in CORE if arm != "plain"]
     rest = [cell(m, arm, task) for task in tasks for arm in others for m in METHODS]
     # These cost less of the task than the default: what is lost can be brought back.
+    light = ("plain", *LIGHTER)
+    sweep = [cell("safereact", arm, "sorting", split="validation") for arm in light]
+    longer = cell("safereact-120", "plain", "sorting", split="validation")
     lighter = [cell("safereact", arm, "sorting") for arm in LIGHTER]
-    return [*plain, *lighter, *rest]
+    return [*sweep, longer, *plain, *lighter, *rest]
 
 
-def cell(method: Method, arm: str, task: Task, share: float = 0.1, seed: int = 0) -> Cell:
-    """One restoration of one finalist."""
-    tuned = constraint_cell(arm, task, share, "evidence", seed).setting
+def cell(
+    method: Method,
+    arm: str,
+    task: Task,
+    share: float = 0.1,
+    seed: int = 0,
+    split: Split = "evidence",
+) -> Cell:
+    """One restoration of a model that a cell of the constraints trained."""
+    tuned = constraint_cell(arm, task, share, split, seed).setting
     assert isinstance(tuned, ConstraintSetting)
+    final = split == "evidence"
     setting = RestorationSetting(
-        seed=seed, tuned=tuned, method=method, restore=RestoreSpec(), prompts="unseen"
+        seed=seed,
+        tuned=tuned,
+        method=method,
+        restore=RestoreSpec(safereact=SafeReactConfig(steps=120))
+        if method == "safereact-120"
+        else RestoreSpec(),
+        prompts="unseen" if final else "packaged",
     )
-    return Cell(PART, f"{task}-{100 * share:g}-{arm}-{method}-seed-{seed}", setting)
+    stage = "" if final else "sweep-"
+    return Cell(PART, f"{stage}{task}-{100 * share:g}-{arm}-{method}-seed-{seed}", setting)
 
 
 class RestorationRuns:
@@ -178,7 +208,8 @@ class RestorationRuns:
         self, setting: RestorationSetting, profile: SafetyProfile, progress: Progress
     ) -> SafetyProfile:
         """A profile whose reference is the method's; the refusals are the same for all."""
-        root = self._store.output / "profiles" / f"{setting.method}-{setting.prompts}"
+        reference = setting.method.removesuffix("-120")
+        root = self._store.output / "profiles" / f"{reference}-{setting.prompts}"
         if not root.exists():
             with publish_dir(root) as staging:
                 shutil.copytree(profile.path("refusals"), staging / "refusals")
