@@ -43,25 +43,31 @@ PART, DEGRADED_POINTS = "restorations", 10.0
 Method = Literal[
     "safereact",
     "safereact-120",
+    "safereact-cosine",
     "safereact-no-reminder",
     "safereact-unpruned",
     "tuning",
     "safelora",
 ]
-#: SafeReAct's reference, by method: the default, for twice the steps too, and what of it is left
-#: out.
+#: SafeReAct by method: the default; for twice the steps, and with a rate that falls to nothing.
+SETTINGS: dict[str, RestoreSpec] = {
+    "safereact-120": RestoreSpec(safereact=SafeReactConfig(steps=120)),
+    "safereact-cosine": RestoreSpec(schedule="cosine"),
+}
+#: Its reference, by method: the default, and what of it is left out.
 REFERENCES: dict[str, ReferenceConfig] = {
     "safereact": ReferenceConfig(),
-    "safereact-120": ReferenceConfig(),
     "safereact-no-reminder": ReferenceConfig(reminder=""),
     "safereact-unpruned": ReferenceConfig(domain_share=0.0),
 }
 METHODS: tuple[Method, ...] = ("safereact", "tuning", "safelora")
+SWEPT: tuple[Method, ...] = ("safereact-120", "safereact-cosine")
 ABLATIONS: tuple[Method, ...] = ("safereact-no-reminder", "safereact-unpruned")
 #: Restoring takes about as long as so many answers to prompts.
 _WORK: dict[Method, float] = {
     "safereact": 1200,
     "safereact-120": 2400,
+    "safereact-cosine": 1200,
     "safereact-no-reminder": 1600,
     "safereact-unpruned": 1600,
     "tuning": 1800,
@@ -93,9 +99,9 @@ def cells() -> list[Cell]:
     # These cost less of the task than the default: what is lost can be brought back.
     light = ("plain", *LIGHTER)
     sweep = [cell("safereact", arm, "sorting", split="validation") for arm in light]
-    longer = cell("safereact-120", "plain", "sorting", split="validation")
+    tried = [cell(m, "plain", "sorting", split="validation") for m in SWEPT]
     lighter = [cell("safereact", arm, "sorting") for arm in LIGHTER]
-    return [*sweep, longer, *plain, *lighter, *rest]
+    return [*sweep, *tried, *plain, *lighter, *rest]
 
 
 def cell(
@@ -114,9 +120,7 @@ def cell(
         seed=seed,
         tuned=tuned,
         method=method,
-        restore=RestoreSpec(safereact=SafeReactConfig(steps=120))
-        if method == "safereact-120"
-        else RestoreSpec(),
+        restore=SETTINGS.get(method, RestoreSpec()),
         prompts="unseen" if final else "packaged",
     )
     stage = "" if final else "sweep-"
@@ -208,7 +212,7 @@ class RestorationRuns:
         self, setting: RestorationSetting, profile: SafetyProfile, progress: Progress
     ) -> SafetyProfile:
         """A profile whose reference is the method's; the refusals are the same for all."""
-        reference = setting.method.removesuffix("-120")
+        reference = setting.method if setting.method in REFERENCES else "safereact"
         root = self._store.output / "profiles" / f"{reference}-{setting.prompts}"
         if not root.exists():
             with publish_dir(root) as staging:
@@ -218,7 +222,7 @@ class RestorationRuns:
             None,
             root=root,
             parts=["reminder-states"],
-            config=ProfileConfig(reference=REFERENCES[setting.method]),
+            config=ProfileConfig(reference=REFERENCES[reference]),
             prompts=self._profiles.texts(setting.prompts),
             progress=progress,
         )
