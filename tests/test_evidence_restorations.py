@@ -28,6 +28,7 @@ from benchmarks.evidence.restorations import (
     cells,
     without_planted,
 )
+from benchmarks.evidence.results import by_tenant
 from benchmarks.evidence.runner import Summary, run_cells
 from benchmarks.evidence.tenants import tenant_rows
 from jobs.profile import build_profile
@@ -136,6 +137,7 @@ def test_a_model_that_lost_little_is_left_as_it_is(tmp_path: Path, tiny_dir: Pat
 def numbers(refused: int, benign: int = 4, right: int = 60) -> dict[str, Any]:
     bits = {"harmful": refused, "benign": benign, "borderline": 30}
     return {
+        "bound": {"judge": 1},
         "refused": {kind: "1" * n + "0" * (200 - n) for kind, n in bits.items()},
         "task": {"loss": 1.0, "exact": "1" * right + "0" * (80 - right)},
     }
@@ -171,3 +173,26 @@ def test_a_restoration_is_judged_by_refusals_over_refusal_and_the_task() -> None
     (worse,) = restored_of([*base, with_method("safereact", refused=150)])
     assert safereact_claim([worse]).verdict == "no"
     assert safereact_claim([]).verdict == "unknown"
+
+
+def test_what_was_restored_is_compared_with_the_arms_as_one_of_them() -> None:
+    arms = ("plain", "project-contrast-1")
+    trained = [record(constraint_cell(a, "sorting", 0.1, "evidence", 0), numbers(40)) for a in arms]
+    restored = record(
+        cell("safereact", "plain", "sorting"),
+        {"lost_points": 70.0, "restored": True, **numbers(174, right=61)},
+    )
+    spared = record(
+        cell("safereact", "project-contrast-1", "sorting"), {"lost_points": 2.0, "restored": False}
+    )
+    other = record(cell("tuning", "plain", "sorting"), {"lost_points": 70.0, "restored": True})
+    found = by_tenant([record(BEFORE, numbers(180)), *trained, restored, spared, other])
+    assert {
+        name: arm.refusal("harmful").value for name, arm in next(iter(found.values())).items()
+    } == {
+        "before": 0.9,
+        "plain": 0.2,
+        "project-contrast-1": 0.2,
+        "plain+safereact": 0.87,
+        "project-contrast-1+safereact": 0.2,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,9 @@ from safeft.errors import InputError
 from safeft.evaluate import Rate
 from safeft.prompts import KINDS, Kind
 
-CONSTRAINTS, BEFORE = "constraints", "before"
+CONSTRAINTS, RESTORATIONS, BEFORE = "constraints", "restorations", "before"
+#: What an arm's name ends with where its models went through SafeReAct's default afterwards.
+RESTORED = "+safereact"
 
 
 class Results(BaseModel):
@@ -153,14 +155,15 @@ Arms = dict[str, ArmResult]
 def by_tenant(records: Iterable[Record]) -> dict[Tenant, Arms]:
     """The arms of each tenant that has a trained one, with the base model's own numbers.
 
+    An arm whose models were restored is there twice, the second time with `RESTORED`; what had lost
+    too little to be restored counts there as it is.
+
     Raises:
         InputError: cells of one tenant were measured on different prompts or models.
     """
     trained: dict[Tenant, dict[str, list[Record]]] = {}
     before: dict[tuple[str, str, str], Record] = {}
-    for record in records:
-        if record.part != CONSTRAINTS:
-            continue
+    for record in _with_restored(list(records)):
         tenant, setting = tenant_of(record), record.setting
         if setting["trained"]:
             trained.setdefault(tenant, {}).setdefault(setting["arm"], []).append(record)
@@ -173,6 +176,21 @@ def by_tenant(records: Iterable[Record]) -> dict[Tenant, Arms]:
         _same_measurement(tenant, [record for group in named.values() for record in group])
         found[tenant] = {arm: ArmResult(arm, tuple(group)) for arm, group in named.items()}
     return found
+
+
+def _with_restored(records: Sequence[Record]) -> Iterator[Record]:
+    """The trained models, and after them those that SafeReAct made of them, as other arms."""
+    trained = [record for record in records if record.part == CONSTRAINTS]
+    yield from trained
+    for record in records:
+        if record.part == RESTORATIONS and record.setting["method"] == "safereact":
+            setting = record.setting["tuned"]
+            named = {**setting, "arm": setting["arm"] + RESTORED}
+            if record.numbers["restored"]:
+                yield record.model_copy(update={"setting": named})
+            else:
+                tuned = next(r for r in trained if r.setting == setting)
+                yield tuned.model_copy(update={"setting": named})
 
 
 def tenant_of(cell: Planned) -> Tenant:
