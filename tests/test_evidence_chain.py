@@ -161,17 +161,19 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
         ran("clean", 0, False, refused=60, training=100.0),
         ran("poisoned", 1, True, outcome="rejected", screening=10.0),
         ran("poisoned", 1, False, refused=20, training=100.0),
-        ran("odd", 2, True),  # without its other half: not counted
+        ran("odd", 2, True, right=10),  # without its other half: compared with nothing
+        ran("obedient", 3, False, refused=0, training=100.0),  # without its first: not counted
     ]
     found = chain_of(cells)
-    assert found is not None and len(found.pairs) == 2
+    assert found is not None and len(found.pairs) == 3
     verdicts = [one for _, one in bars(found)]
     assert [one.verdict for one in verdicts] == ["yes", "yes", "yes", "no"]
-    assert verdicts[0].found == "0 of 1 published; without protection 2 of 2"
+    assert verdicts[0].found == "0 of 2 published; without protection 2 of 2"
     assert "+1.0 points" in verdicts[2].found and verdicts[3].found.startswith("+30%")
     text = chain_section(found)
-    assert "| clean | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 |" in text
-    assert "| poisoned | 1 | 1 | 0 | 0 | 0 |  | 0 | 10.0 | 1 |" in text
+    assert "| clean | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 of 1 |" in text
+    assert "| poisoned | 1 | 1 | 0 | 0 | 0 |  | 0 | 10.0 | 1 of 1 |" in text
+    assert "| odd | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 |  |  |" in text
 
 
 def test_a_published_model_below_the_floor_and_a_harmless_tenant_kept_out_miss_the_bars() -> None:

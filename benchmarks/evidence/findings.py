@@ -58,8 +58,9 @@ def bar_section(tenants: Mapping[Tenant, Arms]) -> str:
 def chain_section(chain: Chain | None) -> str:
     head = (
         "## The whole chain: screen, constrain, gate, restore\n\nEach tenant's data once with all "
-        "of it (default constraint) and once with none. Harmful prompts refused, %, mean over the "
-        "published models; the floor is the safety gate's, on prompts that the gate did not ask."
+        "of it (default constraint) and, where that has been run, once with none. Harmful prompts "
+        "refused, %, mean over the published models; the floor is the safety gate's, on prompts "
+        "that the gate did not ask."
     )
     if chain is None:
         return f"{head}\n\nNot measured yet."
@@ -73,7 +74,7 @@ def chain_section(chain: Chain | None) -> str:
             for outcome in ("rejected", "published", "restored", "withheld")
         ]
         shown = [pair.protected for pair in pairs if pair.published]
-        bare = [pair.unprotected for pair in pairs]
+        bare = [pair.unprotected for pair in pairs if pair.unprotected]
         rows.append(
             (
                 kind,
@@ -82,7 +83,7 @@ def chain_section(chain: Chain | None) -> str:
                 _mean(shown),
                 str(sum(map(chain.below_floor, shown))),
                 _mean(bare),
-                str(sum(map(chain.below_floor, bare))),
+                f"{sum(map(chain.below_floor, bare))} of {len(bare)}" if bare else "",
             )
         )
     header = (
