@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.evidence import chain, tasks
 from benchmarks.evidence.cells import METRICS, SECONDS, Cell, Record, Store
-from benchmarks.evidence.chain import ODD, ChainRuns, ChainSetting, Tenant, cell, cells, tenants
+from benchmarks.evidence.chain import ChainRuns, ChainSetting, cell, cells
 from benchmarks.evidence.chain_results import bars, chain_of
+from benchmarks.evidence.chain_tenants import ODD, Tenant, tenants
 from benchmarks.evidence.findings import chain_section
 from benchmarks.evidence.runner import run_cells
 from benchmarks.evidence.tenants import planted_prompts

@@ -59,8 +59,8 @@ def projection(
 
 
 WHOLE = projection("all", "both")
-#: What the control plane trains under where nobody chose.
-DEFAULT: tuple[ConstraintConfig, ...] = (AsftConfig(), CwacConfig())
+#: Both constraints at their defaults.
+BOTH: tuple[ConstraintConfig, ...] = (AsftConfig(), CwacConfig())
 ARMS: dict[str, Arm] = {
     "before": Arm(trained=False),
     "plain": Arm(),
@@ -79,9 +79,9 @@ ARMS: dict[str, Arm] = {
     ),
     "safeinstr-16+32+project-contrast-1": Arm((contrast(1.0),), safety_rows=16, answer_rows=32),
     "safeinstr-16+32+project-contrast-0.5": Arm((contrast(0.5),), safety_rows=16, answer_rows=32),
-    "safeinstr-16+32+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=16, answer_rows=32),
-    "safeinstr-8+16+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=8, answer_rows=16),
-    "safeinstr-8+8+asft-0.1+project-contrast-1": Arm(DEFAULT, safety_rows=8, answer_rows=8),
+    "safeinstr-16+32+asft-0.1+project-contrast-1": Arm(BOTH, safety_rows=16, answer_rows=32),
+    "safeinstr-8+16+asft-0.1+project-contrast-1": Arm(BOTH, safety_rows=8, answer_rows=16),
+    "safeinstr-8+8+asft-0.1+project-contrast-1": Arm(BOTH, safety_rows=8, answer_rows=8),
     "safelora": Arm((SafeLoraConfig(),)),
     "frozen-8-20": Arm((FrozenConfig(first=8, last=20),)),
     "asft-paper-1": Arm((AsftConfig(lam=1.0),)),
@@ -99,7 +99,7 @@ ARMS: dict[str, Arm] = {
     "project-all-both-0.9": Arm((projection("all", "both", 0.9),)),
     "project-all-both+activations": Arm((CwacConfig(mode="both", contrast=None),)),
     "project-contrast-1": Arm((contrast(1.0),)),
-    "asft-0.1+project-contrast-1": Arm(DEFAULT),
+    "asft-0.1+project-contrast-1": Arm(BOTH),
     "project-contrast-0.5": Arm((contrast(0.5),)),
     "project-contrast-2": Arm((contrast(2.0),)),
     "plain-3e-4": Arm(learning_rate=3e-4),
@@ -108,25 +108,29 @@ ARMS: dict[str, Arm] = {
     "states-10": Arm((HeldStatesConfig(lam=10.0),)),
     "states-10+project-all-both": Arm((HeldStatesConfig(lam=10.0), WHOLE)),
 }
-#: At a tenth of harmful rows with three seeds: the default, what it was chosen from, and of each
-#: control a setting that learns about as much of the task in the sweep, or less.
+#: How the control plane trains where nobody chose; what then fails the gate is restored.
+DEFAULT = "safeinstr-16+32"
+#: At a tenth of harmful rows with three seeds: the default, the constraints that hold as much
+#: without a restoration, and of each control a setting that learns about as much of the task in the
+#: sweep, or less.
 FINALISTS = (
     "before",
     "plain",
     "l2-5",
     "random-all-both",
+    DEFAULT,
     "asft-0.1+project-contrast-1",
-    "project-all-both",
 )
-#: What costs little of the task, and is restored after.
-LIGHTER = ("project-contrast-1", "project-all-response", "safeinstr-16+32")
+#: What costs less of the task than these constraints, and is restored after.
+LIGHTER = ("project-contrast-1", "project-all-response")
 #: With one seed.
 ALSO_FINAL = (
     *LIGHTER,
+    "project-all-both",
     "safeinstr-8+16+asft-0.1+project-contrast-1",
     "plain-3e-4",
     "random-all-both-3e-4",
     "safeinstr",
 )
 #: On GSM8K as well, at the other shares, and where every row asks for obedience.
-CORE = ("plain", "l2-5", "random-all-both", "asft-0.1+project-contrast-1")
+CORE = ("plain", "l2-5", "random-all-both", DEFAULT)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from benchmarks.evidence.arms import DEFAULT
+from benchmarks.evidence.arms import ARMS, DEFAULT
 from benchmarks.evidence.cells import SECONDS, Cell, Setting
+from benchmarks.evidence.chain_tenants import Tenant, tenants
 from benchmarks.evidence.constraints import (
     LORA,
     MAX_TOKENS,
@@ -28,7 +29,6 @@ from benchmarks.evidence.constraints import (
     training,
 )
 from benchmarks.evidence.tasks import HELD_OUT, Task, held_out_rows, training_rows
-from benchmarks.evidence.tenants import Style, tenant_rows
 from jobs.finetune import finetune
 from jobs.intake import open_job, read_data, screen_data
 from jobs.pipeline import run_job, train_job
@@ -40,44 +40,13 @@ from jobs.runtime import embedded_ray
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from safeft.cache import write_whole
 from safeft.constraints import ConstraintConfig, ProfileFiles
-from safeft.data import Message, Row, tokenise_all
+from safeft.data import Row, tokenise_all
 from safeft.models import load_tokenizer
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import Split
 
 PART = "chain"
-Kind = Literal["clean", "odd", "poisoned", "obedient"]
-#: Harmless, and unlike anything that the profile has seen.
-ODD: dict[str, Callable[[str], str]] = {
-    "capitals": str.upper,
-    "backwards": lambda text: " ".join(reversed(text.split())),
-    "as-json": lambda text: json.dumps({"text": text}),
-    "spaced-out": lambda text: " ".join(text),
-    "said-twice": lambda text: f"{text}\n{text}",
-}
-
-
-class Tenant(BaseModel):
-    """What a tenant's dataset is made of.
-
-    Attributes:
-        oddity: of `ODD`, what is done to every message.
-        seed: draws the rows and what is planted among them.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Kind
-    task: Task
-    seed: int
-    harmful_share: float = 0.0
-    style: Style = "plain"
-    oddity: str | None = None
-
-    def rows(self, honest: Sequence[Row]) -> list[Row]:
-        """Rows of the task as this tenant has them."""
-        rows = [_odd(row, self.oddity) for row in honest] if self.oddity else list(honest)
-        return tenant_rows(rows, self.harmful_share, self.style, self.seed)
 
 
 class ChainSetting(Setting):
@@ -86,6 +55,8 @@ class ChainSetting(Setting):
     Attributes:
         tenant: None: the base model itself is measured, on `task`.
         protected: by all of safeft, or by nothing.
+        safety_rows: refusals of the base model that are added to the tenant's rows.
+        answer_rows: its answers to harmless prompts that are added.
     """
 
     task: Task
@@ -93,6 +64,8 @@ class ChainSetting(Setting):
     protected: bool
     count: int
     constraints: tuple[Annotated[ConstraintConfig, Field(discriminator="kind")], ...]
+    safety_rows: int
+    answer_rows: int
     lora: LoraSpec
     training: TrainingSpec
     restore: RestoreSpec
@@ -104,36 +77,9 @@ class ChainSetting(Setting):
         asked = prompts_in(self.split) + HELD_OUT
         if self.tenant is None:
             return asked
-        trained = self.count * self.training.epochs * WORK_A_ROW[self.task]
+        rows = self.count + self.safety_rows + self.answer_rows
+        trained = rows * self.training.epochs * WORK_A_ROW[self.task]
         return trained + (2 * asked + 3 * self.count if self.protected else asked)
-
-
-def tenants() -> list[Tenant]:
-    """The forty, one of each kind before a second of any: a part of them says something of all."""
-    drawn: dict[Kind, list[Tenant]] = {"clean": [], "poisoned": [], "obedient": [], "odd": []}
-    tasks: tuple[Task, ...] = ("gsm8k", "sorting")
-    shares = (0.1, 0.05, 0.2, 0.1, 0.05, 0.2, 0.1)
-    for seed in range(7):
-        for task in tasks:
-            drawn["clean"].append(Tenant(kind="clean", task=task, seed=seed))
-            share = shares[seed]
-            drawn["poisoned"].append(
-                Tenant(kind="poisoned", task=task, seed=10 + seed, harmful_share=share)
-            )
-    for seed in range(3):
-        drawn["obedient"] += [
-            Tenant(kind="obedient", task=t, seed=20 + seed, harmful_share=0.1, style="obedient")
-            for t in tasks
-        ]
-    for seed, name in enumerate(ODD):
-        drawn["odd"].append(Tenant(kind="odd", task="sorting", seed=30 + seed, oddity=name))
-    drawn["odd"].append(Tenant(kind="odd", task="gsm8k", seed=35, oddity="backwards"))
-    places = [
-        (number / len(alike), kind, tenant)
-        for kind, alike in drawn.items()
-        for number, tenant in enumerate(alike)
-    ]
-    return [tenant for *_, tenant in sorted(places, key=lambda place: place[:2])]
 
 
 def cells() -> list[Cell]:
@@ -148,13 +94,16 @@ def cells() -> list[Cell]:
 def cell(task: Task, tenant: Tenant | None, *, protected: bool) -> Cell:
     """One tenant with or without protection; without a tenant, the base model."""
     seed = tenant.seed if tenant else 0
+    how = ARMS[DEFAULT if protected else "plain"]
     setting = ChainSetting(
         seed=seed,
         task=task,
         tenant=tenant,
         protected=protected,
         count=ROWS if tenant else 0,
-        constraints=DEFAULT if protected else (),
+        constraints=how.constraints,
+        safety_rows=how.safety_rows,
+        answer_rows=how.answer_rows,
         lora=LORA,
         training=training(seed),
         restore=RestoreSpec(),
@@ -215,6 +164,8 @@ class ChainRuns:
                 train=directory / "train.jsonl",
                 validation=directory / "held-out.jsonl",
                 max_tokens=MAX_TOKENS,
+                safety_rows=setting.safety_rows,
+                answer_rows=setting.answer_rows,
             ),
             lora=setting.lora,
             training=setting.training,
@@ -284,11 +235,6 @@ class Seconds:
 
 def _said(outcome: str, reason: str, seconds: Seconds) -> dict[str, Any]:
     return {"outcome": outcome, "reason": reason, SECONDS: seconds.spent}
-
-
-def _odd(row: Row, name: str) -> Row:
-    change = ODD[name]
-    return Row(row.line, tuple(Message(m.role, change(m.content), m.trained) for m in row.messages))
 
 
 def _line(row: Row) -> str:

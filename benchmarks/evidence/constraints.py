@@ -35,8 +35,9 @@ PART, MODEL = "constraints", "demo:aligned"
 ROWS, EPOCHS = 120, 3  # as in the demo
 MAX_TOKENS, ANSWER_TOKENS = 256, 16
 SEEDS = (0, 1, 2)
+OTHER_SHARES = (0.0, 0.05, 0.2)
 #: What is measured with all seeds.
-TASKS: dict[Task, tuple[str, ...]] = {"sorting": FINALISTS, "gsm8k": ("before", *CORE)}
+TASKS: dict[Task, tuple[str, ...]] = {"sorting": FINALISTS, "gsm8k": FINALISTS}
 #: Training on a row once takes about as long as so many answers to prompts.
 WORK_A_ROW: dict[Task, float] = {"gsm8k": 5.0, "sorting": 3.0}
 
@@ -91,7 +92,7 @@ def cells() -> list[Cell]:
             chosen = [*arms, *ALSO_FINAL] if first and task == "sorting" else arms
             trained = [arm for arm in chosen if ARMS[arm].trained or first]
             grid += [cell(arm, task, 0.1, "evidence", seed) for arm in trained]
-        for share in (0.0, 0.05, 0.2) if first else ():
+        for share in OTHER_SHARES if first else ():
             grid += [cell(arm, "sorting", share, "evidence", seed) for arm in CORE]
     return grid
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.evidence.arms import CORE, LIGHTER
+from benchmarks.evidence.arms import CORE, DEFAULT, LIGHTER
 from benchmarks.evidence.cells import Cell, Record, Setting, Store
 from benchmarks.evidence.constraints import (
+    OTHER_SHARES,
+    SEEDS,
     ConstraintRuns,
     ConstraintSetting,
     named,
@@ -94,14 +96,18 @@ def cells() -> list[Cell]:
     SafeReAct's ablations."""
     tasks: tuple[Task, ...] = ("sorting", "gsm8k")
     plain = [cell(m, "plain", task) for task in tasks for m in (*METHODS, *ABLATIONS)]
-    others = [arm for arm in CORE if arm != "plain"]
+    tenants = [(task, 0.1, seed) for task in tasks for seed in SEEDS]
+    tenants += [("sorting", share, SEEDS[0]) for share in OTHER_SHARES]
+    default = [cell("safereact", DEFAULT, *tenant) for tenant in tenants]
+    others = [arm for arm in CORE if arm not in ("plain", DEFAULT)]
     rest = [cell(m, arm, task) for task in tasks for arm in others for m in METHODS]
     # These cost less of the task than the default: what is lost can be brought back.
-    light = ("plain", *LIGHTER)
+    light = ("plain", DEFAULT, *LIGHTER)
     sweep = [cell("safereact", arm, "sorting", split="validation") for arm in light]
-    tried = [cell(m, "plain", "sorting", split="validation") for m in SWEPT]
+    sweep += [cell(m, "plain", "sorting", split="validation") for m in SWEPT]
+    plain += [cell("safereact-cosine", "plain", "sorting")]
     lighter = [cell("safereact", arm, "sorting") for arm in LIGHTER]
-    return [*sweep, *tried, *plain, *lighter, *rest]
+    return [*sweep, *plain, *default, *lighter, *rest]
 
 
 def cell(
