@@ -31,7 +31,7 @@ from safeft.cache import publish_dir, write_whole
 from safeft.data import Row
 from safeft.progress import Progress, silent
 
-JOB_FILE, TRAINING = "job.json", "training"
+JOB_FILE, TRAINING, EVALUATION = "job.json", "training", "evaluation.json"
 
 
 class JobResult(BaseModel):
@@ -134,7 +134,7 @@ def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResul
         tuned.weights,
         held_out=trained.held_out,
         max_tokens=spec.data.max_tokens,
-        output=spec.output / "evaluation.json",
+        output=spec.output / EVALUATION,
         progress=progress,
     )
     gate = safety_gate(before, after)

@@ -18,7 +18,6 @@ class RestoreSpec(SpecPart):
     `batch_size`: retained rows of a step over all workers: the tenant's, and in turn with them
     borderline-benign prompts with the tuned model's own answers, at most `borderline_rows` of them
     (the paper retains such; our reference has the base model's own line instead).
-    `schedule`: of the learning rate, as in ``training``; the paper's is constant.
     `row_tokens`: retained rows are cut there.
     `layers_to_transform`: decoder layers that get LoRA factors; null: all up to the last one whose
     output is compared.
@@ -27,10 +26,6 @@ class RestoreSpec(SpecPart):
     safereact: SafeReactConfig = SafeReactConfig()
     reference: Literal["base", "tuned"] = "base"
     learning_rate: Positive = 1e-3
-    schedule: Annotated[
-        Literal["constant", "linear", "cosine"],
-        Field(exclude_if=lambda schedule: schedule == "constant"),
-    ] = "constant"
     batch_size: Count = 4
     borderline_rows: Annotated[int, Field(strict=True, ge=0)] = 0
     row_tokens: Annotated[int, Field(strict=True, ge=2)] = 128

@@ -63,6 +63,8 @@ def small(**fields: Any) -> Cell:
         update={
             "count": 16,
             "constraints": (),
+            "safety_rows": 0,
+            "answer_rows": 0,
             "training": whole.setting.training.model_copy(update={"epochs": 1}),
             "restore": RestoreSpec(safereact=SafeReactConfig(steps=2, harmful_batch=3)),
             **fields,

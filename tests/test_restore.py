@@ -162,8 +162,9 @@ def test_an_interrupted_restoration_goes_on_and_only_a_gate_that_passed_publishe
     assert not (output / "prepared").exists()
 
     # The same trained candidate measured again: now it refuses.
-    for name in ("before.json", "after.json"):
-        (output / name).unlink()
+    for measured in (spec_file.parent / "out" / "evaluation.json", output / "after.json"):
+        measured.unlink()
+    assert not (output / "before.json").exists()  # the job's own evaluation is as good
     speech.refuses, labels[:] = True, []
     capsys.readouterr()
     with watched(monkeypatch, lambda label, done, total: labels.append(label)):

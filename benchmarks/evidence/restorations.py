@@ -39,37 +39,21 @@ from safeft.errors import MeasurementError
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
 from safeft.prompts import Split
-from safeft.safereact import ReferenceConfig, SafeReactConfig
+from safeft.safereact import ReferenceConfig
 
 PART, DEGRADED_POINTS = "restorations", 10.0
-Method = Literal[
-    "safereact",
-    "safereact-120",
-    "safereact-cosine",
-    "safereact-no-reminder",
-    "safereact-unpruned",
-    "tuning",
-    "safelora",
-]
-#: SafeReAct by method: the default; for twice the steps, and with a rate that falls to nothing.
-SETTINGS: dict[str, RestoreSpec] = {
-    "safereact-120": RestoreSpec(safereact=SafeReactConfig(steps=120)),
-    "safereact-cosine": RestoreSpec(schedule="cosine"),
-}
-#: Its reference, by method: the default, and what of it is left out.
+Method = Literal["safereact", "safereact-no-reminder", "safereact-unpruned", "tuning", "safelora"]
+#: SafeReAct's reference, by method: the default, and what of it is left out.
 REFERENCES: dict[str, ReferenceConfig] = {
     "safereact": ReferenceConfig(),
     "safereact-no-reminder": ReferenceConfig(reminder=""),
     "safereact-unpruned": ReferenceConfig(domain_share=0.0),
 }
 METHODS: tuple[Method, ...] = ("safereact", "tuning", "safelora")
-SWEPT: tuple[Method, ...] = ("safereact-120", "safereact-cosine")
 ABLATIONS: tuple[Method, ...] = ("safereact-no-reminder", "safereact-unpruned")
 #: Restoring takes about as long as so many answers to prompts.
 _WORK: dict[Method, float] = {
     "safereact": 1200,
-    "safereact-120": 2400,
-    "safereact-cosine": 1200,
     "safereact-no-reminder": 1600,
     "safereact-unpruned": 1600,
     "tuning": 1800,
@@ -104,8 +88,6 @@ def cells() -> list[Cell]:
     # These cost less of the task than the default: what is lost can be brought back.
     light = ("plain", DEFAULT, *LIGHTER)
     sweep = [cell("safereact", arm, "sorting", split="validation") for arm in light]
-    sweep += [cell(m, "plain", "sorting", split="validation") for m in SWEPT]
-    plain += [cell("safereact-cosine", "plain", "sorting")]
     lighter = [cell("safereact", arm, "sorting") for arm in LIGHTER]
     return [*sweep, *plain, *default, *lighter, *rest]
 
@@ -126,7 +108,7 @@ def cell(
         seed=seed,
         tuned=tuned,
         method=method,
-        restore=SETTINGS.get(method, RestoreSpec()),
+        restore=RestoreSpec(),
         prompts="unseen" if final else "packaged",
     )
     stage = "" if final else "sweep-"
@@ -218,8 +200,7 @@ class RestorationRuns:
         self, setting: RestorationSetting, profile: SafetyProfile, progress: Progress
     ) -> SafetyProfile:
         """A profile whose reference is the method's; the refusals are the same for all."""
-        reference = setting.method if setting.method in REFERENCES else "safereact"
-        root = self._store.output / "profiles" / f"{reference}-{setting.prompts}"
+        root = self._store.output / "profiles" / f"{setting.method}-{setting.prompts}"
         if not root.exists():
             with publish_dir(root) as staging:
                 shutil.copytree(profile.path("refusals"), staging / "refusals")
@@ -228,7 +209,7 @@ class RestorationRuns:
             None,
             root=root,
             parts=["reminder-states"],
-            config=ProfileConfig(reference=REFERENCES[reference]),
+            config=ProfileConfig(reference=REFERENCES[setting.method]),
             prompts=self._profiles.texts(setting.prompts),
             progress=progress,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs.evaluate import evaluate
 from jobs.finetune.telemetry import OnStep, unheard
 from jobs.intake import Opened, Screened, open_job, read_data, screen_data
-from jobs.pipeline import TRAINING
+from jobs.pipeline import EVALUATION, TRAINING
 from jobs.policy import PolicyFile
 from jobs.restore.result import Restoration, RestoreResult, restoration_gate
 from jobs.restore.run import CANDIDATE, PARTS, PUBLISHED, RESULT, STACKED, restore
@@ -82,7 +82,7 @@ def train_restoration(
     Args:
         on_step: see `finetune`.
     """
-    adapter = adapter or spec.output / TRAINING / "adapter"
+    adapter = adapter or _candidate(spec)
     output = output or spec.output / "restoration"
     if is_whole_model(adapter):
         raise InputError(
@@ -111,20 +111,26 @@ def train_restoration(
     return TrainedRestoration(opened, found, data.held_out, adapter, output, manifest)
 
 
+def _candidate(spec: FinetuneSpec) -> Path:
+    return spec.output / TRAINING / "adapter"
+
+
 def _judge(spec: FinetuneSpec, trained: TrainedRestoration, progress: Progress) -> RestoreResult:
     output, found = trained.output, trained.screened
+    # The job has measured its own candidate.
+    own = trained.adapter == _candidate(spec)
     measured = [
         evaluate(
             trained.opened.model_dir,
             weights,
             held_out=trained.held_out,
             max_tokens=spec.data.max_tokens,
-            output=output / name,
+            output=file,
             progress=progress,
         )
-        for weights, name in (
-            (trained.adapter, "before.json"),
-            (output / CANDIDATE / STACKED, "after.json"),
+        for weights, file in (
+            (trained.adapter, spec.output / EVALUATION if own else output / "before.json"),
+            (output / CANDIDATE / STACKED, output / "after.json"),
         )
     ]
     gate = restoration_gate(trained.opened.before, *measured)

@@ -138,7 +138,7 @@ def _training(spec: FinetuneSpec, tuned_dir: Path, compared: Sequence[int]) -> R
             epochs=1,
             batch_size=restore.batch_size,
             learning_rate=restore.learning_rate,
-            schedule=restore.schedule,
+            schedule="constant",
             checkpoint_every=spec.training.checkpoint_every,
             **spec.training.model_dump(include=_TAKEN_OVER),
         ),
