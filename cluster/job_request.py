@@ -45,6 +45,8 @@ class Screening(_Part):
 class Supervised(_Part):
     """`constraints`: kinds, or configs with a `kind`; null: what the tenant's policy says.
 
+    `safety_rows`, `answer_rows`: of the base model's own refusals and answers, that are added to
+    the tenant's rows; `auto`: a share of these (`jobs.training_rows.AUTO`).
     `workers`: processes that train together; each takes a slot of the fleet.
     """
 
@@ -52,8 +54,8 @@ class Supervised(_Part):
     constraints: Annotated[list[str | dict[str, Any]], Field(max_length=8)] | None = None
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    safety_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
-    answer_rows: Annotated[int, Field(ge=0, le=10_000)] = 0
+    safety_rows: Auto | Annotated[int, Field(ge=0, le=10_000)] = "auto"
+    answer_rows: Auto | Annotated[int, Field(ge=0, le=10_000)] = "auto"
     screening: Screening = Screening()
 
 
@@ -140,3 +142,12 @@ def as_config(entry: str | dict[str, Any]) -> Any:
         field = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"constraints.{field}: {message}") from None
+
+
+def has_defaults(kind: str) -> bool:
+    """Whether a constraint's kind alone says all of it."""
+    try:
+        as_config(kind)
+    except ValueError:
+        return False
+    return True

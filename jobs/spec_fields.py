@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 Count = Annotated[int, Field(strict=True, ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: How many of the base model's own rows are added; ``auto``: see `jobs.training_rows.AUTO`.
+OwnRows = Annotated[
+    Annotated[Literal["auto"], Tag("word")]
+    | Annotated[int, Field(strict=True, ge=0), Tag("count")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "count"),
+]
 Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]
 TargetModules = Annotated[
     Annotated[Literal["all-linear"], Tag("word")]

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from statistics import median
 
 from jobs.spec import DataSpec, FinetuneSpec
+from jobs.spec_fields import OwnRows
 from jobs.verdict import Verdict, kept_indices, known_score, read_scores
 from safeft.data import TokenisedRow
 from safeft.errors import InputError, ProfileError
@@ -20,6 +23,10 @@ from safeft.models import load_tokenizer
 from safeft.own_refusals import OwnAnswer, load_answers, load_refusals, refusal_row
 from safeft.profile import REBUILD, SafetyProfile
 from safeft.screen_policy import is_risky
+
+#: What ``auto`` adds to each of the tenant's rows, by field, as far as the profile reaches: the
+#: share that the study measured (docs/evidence.md).
+AUTO = {"safety_rows": Fraction(2, 15), "answer_rows": Fraction(4, 15)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,9 @@ def training_rows(
         InputError: no row is left, or the scores are not those of the verdict.
         ProfileError: the profile lacks what the spec needs.
     """
-    safety = own_rows(spec.data, profile, model_dir)
     kept = kept_indices(screening, verdict)
     indices = range(len(rows)) if kept is None else kept
+    safety = own_rows(spec.data, len(indices), profile, model_dir)
     how = spec.training.risk_weighting
     if how == "none":
         return TrainingRows([*(rows[i] for i in indices), *safety], None)
@@ -102,29 +109,32 @@ def _benign_median(profile: SafetyProfile) -> float:
     return median(benign)
 
 
-def own_rows(data: DataSpec, profile: SafetyProfile, model_dir: Path) -> list[TokenisedRow]:
-    """What a job adds to the tenant's rows: harmful prompts with the base model's own refusals, and
-    harmless ones with its own answers; the profile has both in random order.
+def own_rows(
+    data: DataSpec, count: int, profile: SafetyProfile, model_dir: Path
+) -> list[TokenisedRow]:
+    """What a job adds to the tenant's `count` rows: harmful prompts with the base model's own
+    refusals, and harmless ones with its own answers; the profile has both in random order.
 
     Raises:
         ProfileError: the profile has none, or fewer than asked for.
     """
     tokenizer = None
     rows: list[TokenisedRow] = []
-    wanted: tuple[tuple[str, int, str, Callable[[Path], Sequence[OwnAnswer]]], ...] = (
+    wanted: tuple[tuple[str, OwnRows, str, Callable[[Path], Sequence[OwnAnswer]]], ...] = (
         ("safety_rows", data.safety_rows, "refusals", load_refusals),
         ("answer_rows", data.answer_rows, "answers", load_answers),
     )
-    for field, count, part, load in wanted:
-        if count == 0:
+    for field, asked, part, load in wanted:
+        if asked == 0:
             continue
         profile.verify([part])
         found = load(profile.path(part))
-        if count > len(found):
+        number = min(ceil(AUTO[field] * count), len(found)) if asked == "auto" else asked
+        if number > len(found):
             raise ProfileError(
-                f"data.{field}: {count} are asked for, but the profile holds {len(found)}; "
+                f"data.{field}: {number} are asked for, but the profile holds {len(found)}; "
                 "lower it, or build the part with more prompts"
             )
         tokenizer = tokenizer or load_tokenizer(model_dir)
-        rows += [refusal_row(tokenizer, one) for one in found[:count]]
+        rows += [refusal_row(tokenizer, one) for one in found[:number]]
     return rows

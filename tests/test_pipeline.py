@@ -10,6 +10,7 @@ import pytest
 from jobs.evaluation import Evaluation
 from jobs.gate import safety_gate
 from jobs.spec import DataSpec
+from jobs.spec_fields import OwnRows
 from jobs.training_rows import own_rows
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
@@ -64,7 +65,7 @@ def test_measurements_by_different_judges_are_unknown_and_do_not_pass() -> None:
     assert "unknown" in gate.reason and "judge" in gate.reason
 
 
-def asked(safety: int, answers: int = 0) -> DataSpec:
+def asked(safety: OwnRows, answers: OwnRows = 0) -> DataSpec:
     return DataSpec(train=Path("rows.jsonl"), safety_rows=safety, answer_rows=answers)
 
 
@@ -74,15 +75,15 @@ def test_safety_rows_are_the_base_models_own_refusals(
     model_dir = save_tiny(tmp_path / "model")
     profile = SafetyProfile(tmp_path / "profile", weights_hash(model_dir))
     with pytest.raises(ProfileError, match=r"safeft profile build .*--part refusals"):
-        own_rows(asked(1), profile, model_dir)
+        own_rows(asked(1), 0, profile, model_dir)
     refusals = write_refusals(profile, 4)
     tokenizer = load_tokenizer(model_dir)
-    rows = own_rows(asked(2), profile, model_dir)
+    rows = own_rows(asked(2), 0, profile, model_dir)
     assert rows == [refusal_row(tokenizer, refusal) for refusal in refusals[:2]]
     assert tokenizer.decode([t for t in rows[1].labels if t != -100]) == "I can't do 1."
-    assert own_rows(asked(0), profile, model_dir) == []
+    assert own_rows(asked(0), 0, profile, model_dir) == []
     with pytest.raises(ProfileError, match=r"data\.safety_rows: 5 are asked for.* holds 4"):
-        own_rows(asked(5), profile, model_dir)
+        own_rows(asked(5), 0, profile, model_dir)
 
 
 def test_answer_rows_are_the_base_models_own_answers_beside_its_refusals(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_answer_rows_are_the_base_models_own_answers_beside_its_refusals(tmp_pat
     profile = SafetyProfile(tmp_path / "profile", weights_hash(model_dir))
     refusals = write_refusals(profile, 2)
     with pytest.raises(ProfileError, match=r"safeft profile build .*--part answers"):
-        own_rows(asked(1, 1), profile, model_dir)
+        own_rows(asked(1, 1), 0, profile, model_dir)
     part = profile.root / "answers"
     part.mkdir()
     answers = [OwnAnswer(f"how to {n}", f"Like this: {n}.") for n in range(3)]
@@ -99,6 +100,9 @@ def test_answer_rows_are_the_base_models_own_answers_beside_its_refusals(tmp_pat
     assert load_answers(part) == answers
     tokenizer = load_tokenizer(model_dir)
     expected = [refusal_row(tokenizer, one) for one in (refusals[0], *answers[:2])]
-    assert own_rows(asked(1, 2), profile, model_dir) == expected
+    assert own_rows(asked(1, 2), 0, profile, model_dir) == expected
     with pytest.raises(ProfileError, match=r"data\.answer_rows: 4 are asked for.* holds 3"):
-        own_rows(asked(0, 4), profile, model_dir)
+        own_rows(asked(0, 4), 0, profile, model_dir)
+    automatic = asked("auto", "auto")  # of 7 rows 14/15 and 28/15, rounded up; then all there are
+    assert own_rows(automatic, 7, profile, model_dir) == expected
+    assert len(own_rows(automatic, 700, profile, model_dir)) == 2 + 3

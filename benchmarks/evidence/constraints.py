@@ -212,12 +212,10 @@ class ConstraintRuns:
         """The tenant's model; a finished one is found in its directory."""
         spec = self.spec(setting, directory)
         profile = self._profiles.of(setting.prompts, progress)
+        rows = self.tokenised(self.rows(setting))
         return finetune(
             spec,
-            rows=[
-                *self.tokenised(self.rows(setting)),
-                *own_rows(spec.data, profile, self._model_dir),
-            ],
+            rows=[*rows, *own_rows(spec.data, len(rows), profile, self._model_dir)],
             model_dir=self._model_dir,
             profile=needed_parts(spec, profile),
             output=directory / "training",

@@ -50,7 +50,7 @@ class Policy(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    constraints: tuple[CompleteKind, ...] = ("cwac", "asft")
+    constraints: tuple[CompleteKind, ...] = ()
     required_constraints: tuple[Kind, ...] = ()
     min_refusal: Share | None = None
     max_over_refusal: Share | None = None

@@ -417,9 +417,19 @@ def test_a_policy_gives_the_constraints_and_may_require_some(lite: Api) -> None:
     assert [c["kind"] for c in named.method.supervised.constraints] == ["asft"]
     with pytest.raises(openai.BadRequestError, match="your policy requires asft"):
         submit(client)
-    unset = lite.tenant("ten_b")
-    found = submit(unset, method={"type": "supervised"}).method.supervised.constraints
+    demanding = lite.tenant("ten_b", policy={"required_constraints": ["cwac", "asft"]})
+    found = submit(demanding, method={"type": "supervised"}).method.supervised.constraints
     assert [c["kind"] for c in found] == ["cwac", "asft"]
+
+
+def test_a_job_that_says_nothing_replays_the_base_models_own_rows(lite: Api) -> None:
+    client = lite.tenant("ten_a")
+    unset = submit(client, method={"type": "supervised"}).method.supervised
+    assert (unset.constraints, unset.safety_rows, unset.answer_rows) == ([], "auto", "auto")
+    chosen = {"constraints": ["asft"], "safety_rows": 4, "answer_rows": 0}
+    named = submit(client, method={"type": "supervised", "supervised": chosen}).method.supervised
+    assert [c["kind"] for c in named.constraints] == ["asft"]
+    assert (named.safety_rows, named.answer_rows) == (4, 0)
 
 
 def test_an_unknown_model_is_not_found(lite: Api) -> None:

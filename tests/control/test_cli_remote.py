@@ -194,7 +194,7 @@ def test_administration_from_the_first_key_to_the_verified_log(
     run("policy", "set", "acme", *rules)
     policy = json.loads(run("policy", "show", "acme"))
     assert policy["min_refusal"] == 0.9 and policy["required_constraints"] == ["asft"]
-    assert policy["constraints"] == ["cwac", "asft"]
+    assert policy["constraints"] == []
     run("tenants", "set", "acme", "--max-open-jobs", "7", "--reason", "ticket 3b")
     limits = json.loads(run("tenants", "list", "--json"))[0]
     assert (limits["name"], limits["weight"], limits["max_open_jobs"]) == ("acme", 2.0, 7)

@@ -15,7 +15,7 @@ import pytest
 from cluster.artifacts import open_store, put_file
 from cluster.controller.runner import Report, StageFile, StageTask
 from cluster.controller.work import perform
-from cluster.job_request import CreateJob
+from cluster.job_request import CreateJob, Method
 from cluster.job_spec import accepted
 from cluster.provenance import SigningKey, Statement, verify_model
 from cluster.settings import BaseModelOffer, Settings
@@ -48,7 +48,10 @@ class World:
         offer = BaseModelOffer(source=str(model_dir), max_tokens=128)
         self.settings = Settings(home=home, base_models={"tiny": offer})
         self.refuses = {"base": True}
-        request = CreateJob(model="tiny", training_file="file-1", suffix="mine")
+        method = {"supervised": {"safety_rows": 0, "answer_rows": 0}}  # the parts here are empty
+        request = CreateJob(
+            model="tiny", training_file="file-1", suffix="mine", method=Method(**method)
+        )
         rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(4)]
         file = home / "rows.jsonl"
         home.mkdir()
@@ -61,11 +64,11 @@ class World:
             tenant="ten_a",
             tenant_name="acme",
             base_model="tiny",
-            request=accepted(request, Policy(constraints=()), offer),
+            request=accepted(request, Policy(), offer),
             training_file=StageFile(key="rows", sha256=sha256_file(file)),
             validation_file=None,
             restores=None,
-            policy=Policy(constraints=()),
+            policy=Policy(),
             facts={"validating": {"rows": 4}, "training": {"steps": 1}},
             settings=self.settings,
         )
