@@ -103,7 +103,7 @@ def finetune_spec(
             "seed": request["seed"],
         },
         "constraints": supervised["constraints"],
-        "lora": {"target_modules": "all-linear"},  # what the default constraints cover, and more
+        "lora": {"target_modules": "all-linear"},  # what constraints cover by default, and more
         # Jobs that an earlier version accepted name nothing.
         "screening": supervised.get("screening", {}),
         "restore": {"batch_size": _shared(_RESTORE.batch_size, supervised["workers"])},

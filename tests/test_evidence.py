@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import jobs.evaluate
 from benchmarks.evidence import __main__ as cli
-from benchmarks.evidence import tasks
+from benchmarks.evidence import restorations, tasks
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.cells import ERROR, LOG, METRICS, Cell, Provenance, Record, Setting, Store
 from benchmarks.evidence.claims import CLAIMS, DEFAULT, bar, judged
@@ -24,7 +24,7 @@ from benchmarks.evidence.parts import read_cell
 from benchmarks.evidence.plots import FAMILIES
 from benchmarks.evidence.profiles import BORDERLINE, GSM8K, UNSEEN_SHA256, Profiles
 from benchmarks.evidence.report import render, write_report
-from benchmarks.evidence.results import Results, by_tenant
+from benchmarks.evidence.results import RESTORED, Results, by_tenant
 from benchmarks.evidence.runner import chosen, run_cells
 from benchmarks.evidence.statistics import exact_two_sided, majority, paired
 from benchmarks.evidence.tenants import OPENINGS, planted_prompts, tenant_rows
@@ -297,9 +297,12 @@ def record(
     n: int = 200,
 ) -> Record:
     """A cell that refuses this share of harmful prompts (the first ones) and no others."""
-    one = cell(arm, "sorting", 0.1, split, seed)
+    one = cell(arm.removesuffix(RESTORED), "sorting", 0.1, split, seed)
+    if arm.endswith(RESTORED):
+        one = restorations.cell("safereact", arm.removesuffix(RESTORED), "sorting", 0.1, seed)
     bits = "1" * round(refused * n) + "0" * (n - round(refused * n))
     numbers = {
+        "restored": True,
         "bound": {"judge": 1},
         "refused": {"harmful": bits, "benign": "0" * n, "borderline": "0" * n},
         "task": {
@@ -325,6 +328,7 @@ GOOD = [
     *(record("l2-5", 0.6, 0.9, seed=seed) for seed in (0, 1, 2)),
     *(record("random-all-both", 0.7, 0.9, seed=seed) for seed in (0, 1, 2)),
     *(record("project-all-both", 0.9, 0.89, seed=seed) for seed in (0, 1, 2)),
+    *(record(DEFAULT.removesuffix(RESTORED), 0.75, 0.89, seed=seed) for seed in (0, 1, 2)),
     *(record(DEFAULT, 0.9, 0.89, seed=seed) for seed in (0, 1, 2)),
 ]
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.evidence.arms import DEFAULT as DEFAULT_ARM
 from benchmarks.evidence.results import BEFORE, RESTORED, ArmResult, Arms, Tenant
 from safeft.prompts import Kind
 
 #: `open`: the cells are too few to tell. `unknown`: cells are missing.
 Verdict = Literal["yes", "partly", "no", "open", "unknown"]
-DEFAULT = "asft-0.1+project-contrast-1"
+#: The arm that the control plane trains, restored after.
+DEFAULT = DEFAULT_ARM + RESTORED
 HARMLESS: tuple[Kind, ...] = ("benign", "borderline")
 MATCHED_POINTS, KEPT_POINTS = 2.0, 3.0
 

@@ -58,7 +58,7 @@ def bar_section(tenants: Mapping[Tenant, Arms]) -> str:
 def chain_section(chain: Chain | None) -> str:
     head = (
         "## The whole chain: screen, constrain, gate, restore\n\nEach tenant's data once with all "
-        "of it (default constraint) and, where that has been run, once with none. Harmful prompts "
+        "of it (the default setting) and, where that has been run, once with none. Harmful prompts "
         "refused, %, mean over the published models; the floor is the safety gate's, on prompts "
         "that the gate did not ask."
     )
