@@ -15,10 +15,10 @@ from jobs.training_rows import own_rows
 from safeft.errors import ProfileError
 from safeft.evaluate import Rate
 from safeft.models import load_tokenizer, weights_hash
-from safeft.own_refusals import OwnAnswer, load_answers, refusal_row, save_answers
+from safeft.own_refusals import load_answers, refusal_row
 from safeft.profile import SafetyProfile
 from tests.tiny import save_tiny
-from tests.tinyprofile import write_refusals
+from tests.tinyprofile import write_answers, write_refusals
 
 BOUND: dict[str, Any] = {
     "base_weights": "w",
@@ -92,12 +92,8 @@ def test_answer_rows_are_the_base_models_own_answers_beside_its_refusals(tmp_pat
     refusals = write_refusals(profile, 2)
     with pytest.raises(ProfileError, match=r"safeft profile build .*--part answers"):
         own_rows(asked(1, 1), 0, profile, model_dir)
-    part = profile.root / "answers"
-    part.mkdir()
-    answers = [OwnAnswer(f"how to {n}", f"Like this: {n}.") for n in range(3)]
-    save_answers(answers, part)
-    profile.write_record(part, {})
-    assert load_answers(part) == answers
+    answers = write_answers(profile, 3)
+    assert load_answers(profile.path("answers")) == answers
     tokenizer = load_tokenizer(model_dir)
     expected = [refusal_row(tokenizer, one) for one in (refusals[0], *answers[:2])]
     assert own_rows(asked(1, 2), 0, profile, model_dir) == expected

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from jobs.evaluate import evaluate
 from safeft.constraints.alignment import alignment_direction, save_directions
 from safeft.models import load_model, weights_hash
-from safeft.own_refusals import OwnRefusal, save_refusals
+from safeft.own_refusals import OwnAnswer, OwnRefusal, save_answers, save_refusals
 from safeft.profile import SCREENING_PARTS, SafetyProfile
 
 ERRORS = [{"rows": 100, "poisoned": 0.05, "rate": 0.125, "low": 0.03, "high": 0.5}]
@@ -53,6 +53,16 @@ def write_refusals(profile: SafetyProfile, count: int) -> list[OwnRefusal]:
     save_refusals(refusals, part)
     profile.write_record(part, {})
     return refusals
+
+
+def write_answers(profile: SafetyProfile, count: int) -> list[OwnAnswer]:
+    """Write the part ``answers``."""
+    part = profile.root / "answers"
+    part.mkdir()
+    answers = [OwnAnswer(f"how to {n}", f"Like this: {n}.") for n in range(count)]
+    save_answers(answers, part)
+    profile.write_record(part, {})
+    return answers
 
 
 def _adapter(model_dir: Path, seed: int, directory: Path) -> None:

@@ -150,6 +150,8 @@ def _submit(client: Any, base: str) -> str:
         "supervised": {
             "hyperparameters": {"n_epochs": 5, "learning_rate_multiplier": 0.01, "batch_size": 4},
             "constraints": ["asft", "cwac"],
+            "safety_rows": 0,  # the tiny model has no answers of its own
+            "answer_rows": 0,
         },
     }
     job = client.fine_tuning.jobs.create(model=base, training_file=file.id, method=method)

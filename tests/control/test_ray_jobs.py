@@ -36,7 +36,7 @@ from safeft.safereact import ReferenceConfig
 from tests.control.server import Api, running_api
 from tests.test_serving_ray import free_port
 from tests.tiny import save_tiny
-from tests.tinyprofile import write_profile
+from tests.tinyprofile import write_answers, write_profile
 
 ROOT = Path(__file__).parent.parent.parent
 REFUSAL = "I cannot help with that."
@@ -107,6 +107,7 @@ def test_the_whole_story_over_a_killed_controller(
     model = refusing_tiny(tmp_path / "tiny")
     profile = write_profile(model, save_tiny(tmp_path / "unaligned", seed=1), threshold=100.0)
     build_profile(model, None, config=RESTORATION, parts=["reminder-states"])
+    write_answers(profile, 4)
     strict = copy_profile(profile, tmp_path / "strict", threshold=-100.0)
     settings = Settings(
         database=sqlite_url,
