@@ -46,7 +46,7 @@ class Supervised(_Part):
     """`constraints`: kinds, or configs with a `kind`; null: what the tenant's policy says.
 
     `safety_rows`, `answer_rows`: of the base model's own refusals and answers, that are added to
-    the tenant's rows; `auto`: a share of these (`jobs.training_rows.AUTO`).
+    the tenant's rows; `auto`: a share of these (`jobs.own_rows.AUTO`).
     `workers`: processes that train together; each takes a slot of the fleet.
     """
 

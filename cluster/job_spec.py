@@ -41,6 +41,13 @@ def constraints_of(request: CreateJob, policy: Policy) -> list[Any]:
     return configs
 
 
+def _require_own_rows(request: CreateJob, policy: Policy) -> None:
+    supervised = request.method.supervised
+    for field in ("safety_rows", "answer_rows"):
+        if policy.require_own_rows and getattr(supervised, field) != "auto":
+            raise InputError(f"{field}: your policy requires auto; leave it out")
+
+
 def on_risk_of(request: CreateJob, policy: Policy) -> OnRisk:
     """What becomes of the job's dataset if it is risky.
 
@@ -134,6 +141,7 @@ def accepted(request: CreateJob, policy: Policy, offer: BaseModelOffer) -> dict[
         InputError: the policy forbids it, or its settings do not fit together.
     """
     configs = constraints_of(request, policy)
+    _require_own_rows(request, policy)
     supervised = request.method.supervised
     kept = {
         "hyperparameters": hyperparameters_of(request),

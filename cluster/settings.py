@@ -60,7 +60,7 @@ class Price(_Part):
 
     Attributes:
         currency: as ISO 4217 names it.
-        per_million_tokens: that were trained on; every epoch counts.
+        per_million_tokens: that were trained on, also of rows that were added; every epoch counts.
         per_gpu_hour: of one worker in training, evaluation and restoration.
     """
 

@@ -21,10 +21,11 @@ from jobs.finetune.parts import needed_parts
 from jobs.finetune.telemetry import OnStep, unheard
 from jobs.gate import Gate, safety_gate
 from jobs.intake import Screened, open_job, read_data, screen_data
+from jobs.own_rows import own_parts
 from jobs.policy import PolicyFile
 from jobs.review import Decision, is_accepted, require_accepted
 from jobs.runtime import embedded_ray
-from jobs.spec import FinetuneSpec
+from jobs.spec import DataSpec, FinetuneSpec
 from jobs.training_rows import training_rows
 from jobs.verdict import Verdict
 from safeft.cache import publish_dir, write_whole
@@ -80,13 +81,14 @@ def run_job(
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained job that has not been judged."""
+    """A trained job that has not been judged. ``data``: with the numbers of own rows."""
 
     screened: Screened
     tuned: FinetuneResult
     model_dir: Path
     before: Evaluation
     held_out: Sequence[Row] | None
+    data: DataSpec
 
 
 def train_job(
@@ -105,6 +107,7 @@ def train_job(
     opened = open_job(spec, progress, policy)
     model_dir, profile = opened.model_dir, opened.profile
     parts = needed_parts(spec, profile)
+    profile.verify(own_parts(spec.data))
     data = read_data(spec, model_dir, progress)
     with embedded_ray(spec.distributed.address):
         found = screen_data(spec, opened, data.train, progress, screening)
@@ -114,7 +117,7 @@ def train_job(
             spec, data.train.tokenised, found.verdict, found.where, profile, model_dir
         )
         tuned = finetune(
-            spec,
+            spec.model_copy(update={"data": used.data}),
             rows=used.rows,
             weights=used.weights,
             model_dir=model_dir,
@@ -123,7 +126,7 @@ def train_job(
             progress=progress,
             on_step=on_step,
         )
-    return Trained(found, tuned, model_dir, opened.before, data.held_out)
+    return Trained(found, tuned, model_dir, opened.before, data.held_out, used.data)
 
 
 def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResult:

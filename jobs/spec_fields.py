@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 Count = Annotated[int, Field(strict=True, ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-#: How many of the base model's own rows are added; ``auto``: see `jobs.training_rows.AUTO`.
+#: How many of the base model's own rows are added; ``auto``: see `jobs.own_rows.AUTO`.
 OwnRows = Annotated[
     Annotated[Literal["auto"], Tag("word")]
     | Annotated[int, Field(strict=True, ge=0), Tag("count")],

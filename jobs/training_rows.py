@@ -7,34 +7,30 @@ was set aside to the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from math import ceil
 from pathlib import Path
 from statistics import median
 
+from jobs.own_rows import counted, own_rows
 from jobs.spec import DataSpec, FinetuneSpec
-from jobs.spec_fields import OwnRows
 from jobs.verdict import Verdict, kept_indices, known_score, read_scores
 from safeft.data import TokenisedRow
 from safeft.errors import InputError, ProfileError
-from safeft.models import load_tokenizer
-from safeft.own_refusals import OwnAnswer, load_answers, load_refusals, refusal_row
 from safeft.profile import REBUILD, SafetyProfile
 from safeft.screen_policy import is_risky
-
-#: What ``auto`` adds to each of the tenant's rows, by field, as far as the profile reaches: the
-#: share that the study measured (docs/evidence.md).
-AUTO = {"safety_rows": Fraction(2, 15), "answer_rows": Fraction(4, 15)}
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Rows with the factor that each one's loss is multiplied with; None: all count alike."""
+    """Rows with the factor that each one's loss is multiplied with; None: all count alike.
+
+    ``data``: the spec's, with the numbers of own rows in place of ``auto``.
+    """
 
     rows: list[TokenisedRow]
     weights: list[float] | None
+    data: DataSpec
 
 
 def training_rows(
@@ -59,10 +55,11 @@ def training_rows(
     """
     kept = kept_indices(screening, verdict)
     indices = range(len(rows)) if kept is None else kept
-    safety = own_rows(spec.data, len(indices), profile, model_dir)
+    data = counted(spec.data, len(indices), profile, spec.output)
+    safety = own_rows(data, profile, model_dir)
     how = spec.training.risk_weighting
     if how == "none":
-        return TrainingRows([*(rows[i] for i in indices), *safety], None)
+        return TrainingRows([*(rows[i] for i in indices), *safety], None, data)
     scores = [known_score(one) for one in read_scores(screening)]
     if len(scores) != len(rows):
         raise InputError(f"{screening} holds the screening of other data; screen it again")
@@ -78,7 +75,7 @@ def training_rows(
         raise InputError(
             f"training.risk_weighting: {how} leaves none of the {len(rows)} rows: all are risky"
         )
-    return TrainingRows([*(rows[i] for i in indices), *safety], weights)
+    return TrainingRows([*(rows[i] for i in indices), *safety], weights, data)
 
 
 def risk_weight(score: float | None, middle: float, threshold: float) -> float:
@@ -107,34 +104,3 @@ def _benign_median(profile: SafetyProfile) -> float:
     if not benign:
         raise ProfileError(f"{profile.root} has no scores of benign reference rows; {REBUILD}")
     return median(benign)
-
-
-def own_rows(
-    data: DataSpec, count: int, profile: SafetyProfile, model_dir: Path
-) -> list[TokenisedRow]:
-    """What a job adds to the tenant's `count` rows: harmful prompts with the base model's own
-    refusals, and harmless ones with its own answers; the profile has both in random order.
-
-    Raises:
-        ProfileError: the profile has none, or fewer than asked for.
-    """
-    tokenizer = None
-    rows: list[TokenisedRow] = []
-    wanted: tuple[tuple[str, OwnRows, str, Callable[[Path], Sequence[OwnAnswer]]], ...] = (
-        ("safety_rows", data.safety_rows, "refusals", load_refusals),
-        ("answer_rows", data.answer_rows, "answers", load_answers),
-    )
-    for field, asked, part, load in wanted:
-        if asked == 0:
-            continue
-        profile.verify([part])
-        found = load(profile.path(part))
-        number = min(ceil(AUTO[field] * count), len(found)) if asked == "auto" else asked
-        if number > len(found):
-            raise ProfileError(
-                f"data.{field}: {number} are asked for, but the profile holds {len(found)}; "
-                "lower it, or build the part with more prompts"
-            )
-        tokenizer = tokenizer or load_tokenizer(model_dir)
-        rows += [refusal_row(tokenizer, one) for one in found[:number]]
-    return rows

@@ -58,7 +58,7 @@ def write_refusals(profile: SafetyProfile, count: int) -> list[OwnRefusal]:
 def write_answers(profile: SafetyProfile, count: int) -> list[OwnAnswer]:
     """Write the part ``answers``."""
     part = profile.root / "answers"
-    part.mkdir()
+    part.mkdir(exist_ok=True)
     answers = [OwnAnswer(f"how to {n}", f"Like this: {n}.") for n in range(count)]
     save_answers(answers, part)
     profile.write_record(part, {})

@@ -1,8 +1,8 @@
 """The grid of the whole chain: forty tenants, each with all of safeft and with none of it.
 
-Protected: screened, trained under the default constraint, held to the safety gate, restored where
-that failed. Unprotected: trained as it came, and published. Whatever is published is measured on
-the evidence prompts.
+Protected: screened, trained as the control plane does by default, held to the safety gate, restored
+where that failed. Unprotected: trained as it came, and published. Whatever is published is measured
+on the evidence prompts.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from jobs.evaluate import evaluate
 from jobs.evaluation import Evaluation
 from jobs.finetune import FinetuneResult, finetune
 from jobs.finetune.parts import needed_parts
+from jobs.own_rows import own_rows
 from jobs.spec import DataSpec, DistributedSpec, FinetuneSpec, LoraSpec, TrainingSpec
-from jobs.training_rows import own_rows
 from safeft.constraints import ConstraintConfig
 from safeft.data import Row, TokenisedRow, tokenise_all
 from safeft.evaluate import AnswerClass, measure_accuracy
@@ -215,7 +215,7 @@ class ConstraintRuns:
         rows = self.tokenised(self.rows(setting))
         return finetune(
             spec,
-            rows=[*rows, *own_rows(spec.data, len(rows), profile, self._model_dir)],
+            rows=[*rows, *own_rows(spec.data, profile, self._model_dir)],
             model_dir=self._model_dir,
             profile=needed_parts(spec, profile),
             output=directory / "training",

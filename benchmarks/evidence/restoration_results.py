@@ -71,7 +71,8 @@ def restored_of(records: Sequence[Record]) -> list[Restored]:
 def not_degraded(records: Sequence[Record]) -> dict[str, float]:
     """The models that had lost too little to be restored: points of refusals lost, by name."""
     return {
-        f"{r.setting['tuned']['task']}, `{r.setting['tuned']['arm']}`": r.numbers["lost_points"]
+        f"{tenant_of(r).stage}, {tenant_of(r).title}, `{r.setting['tuned']['arm']}`, "
+        f"seed {r.setting['seed']}": r.numbers["lost_points"]
         for r in records
         if r.part == RESTORATIONS and not r.numbers["restored"]
     }

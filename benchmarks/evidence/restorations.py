@@ -85,7 +85,7 @@ def cells() -> list[Cell]:
     default = [cell("safereact", DEFAULT, *tenant) for tenant in tenants]
     others = [arm for arm in CORE if arm not in ("plain", DEFAULT)]
     rest = [cell(m, arm, task) for task in tasks for arm in others for m in METHODS]
-    # These cost less of the task than the default: what is lost can be brought back.
+    # These cost less of the task than constraints that hold all: what is lost is brought back.
     light = ("plain", DEFAULT, *LIGHTER)
     sweep = [cell("safereact", arm, "sorting", split="validation") for arm in light]
     lighter = [cell("safereact", arm, "sorting") for arm in LIGHTER]

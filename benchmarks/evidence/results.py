@@ -189,13 +189,13 @@ def _with_restored(records: Sequence[Record]) -> Iterator[Record]:
             if record.numbers["restored"]:
                 yield record.model_copy(update={"setting": named})
             else:
-                tuned = next(r for r in trained if r.setting == setting)
-                yield tuned.model_copy(update={"setting": named})
+                tuned = [r for r in trained if r.setting == setting]
+                yield from (r.model_copy(update={"setting": named}) for r in tuned)
 
 
 def tenant_of(cell: Planned) -> Tenant:
-    """Which tenant a cell belongs to."""
-    setting = cell.setting
+    """Which tenant a cell belongs to; of a restoration, the model's that is restored."""
+    setting = cell.setting.get("tuned", cell.setting)
     stage: Literal["sweep", "final"] = "sweep" if setting["split"] == "validation" else "final"
     return Tenant(
         stage,

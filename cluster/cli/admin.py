@@ -191,8 +191,18 @@ def set_policy(
     constraint: Annotated[
         list[str] | None, typer.Option(help="Of jobs that name none; repeatable.")
     ] = None,
+    no_constraints: Annotated[
+        bool, typer.Option("--no-constraints", help="Jobs that name none have none.")
+    ] = False,
     require: Annotated[
         list[str] | None, typer.Option(help="That no job may leave out; repeatable.")
+    ] = None,
+    require_own_rows: Annotated[
+        bool | None,
+        typer.Option(
+            "--require-own-rows/--own-rows-optional",
+            help="The base model's own refusals and answers, added to every job's rows.",
+        ),
     ] = None,
     min_refusal: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     max_over_refusal: Annotated[float | None, typer.Option(min=0, max=1)] = None,
@@ -211,10 +221,13 @@ def set_policy(
     """Change what is given; the rest of the policy stays."""
     from jobs.policy import read_policy
 
+    if no_constraints and constraint:
+        raise typer.BadParameter("give --constraint or --no-constraints, not both")
     limits = read_policy(screening).model_dump(exclude_none=True) if screening else None
     given = {
-        "constraints": constraint,
+        "constraints": [] if no_constraints else constraint,
         "required_constraints": require,
+        "require_own_rows": require_own_rows,
         "min_refusal": min_refusal,
         "max_over_refusal": max_over_refusal,
         "max_task_loss": max_task_loss,

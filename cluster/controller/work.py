@@ -145,14 +145,16 @@ def _train(work: Workspace) -> Report:
         screening=work.screening,
         policy=work.task.policy.screening,
         on_step=work.watch.step,
-    ).tuned
-    manifest = trained.manifest
+    )
+    manifest = trained.tuned.manifest
     return Report(
         "done",
         facts={
             "steps": manifest.steps,
             "final_loss": manifest.final_loss,
             "trained_tokens": manifest.label_tokens * spec.training.epochs,
+            "safety_rows": trained.data.safety_rows,
+            "answer_rows": trained.data.answer_rows,
             "run": manifest.run,
             "seconds": manifest.seconds,
         },

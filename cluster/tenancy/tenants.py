@@ -38,6 +38,8 @@ class Policy(BaseModel):
     Attributes:
         constraints: kinds, with defaults for all, that a job which names none is trained under.
         required_constraints: kinds that a job may not leave out.
+        require_own_rows: a job leaves it to us how many of the base model's own refusals and
+            answers are added to its rows.
         min_refusal: the tuned model must refuse at least this share of harmful prompts.
         max_over_refusal: and at most this share of benign ones.
         max_task_loss: mean loss of an answer token on the validation file, where there is one.
@@ -52,6 +54,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     constraints: tuple[CompleteKind, ...] = ()
     required_constraints: tuple[Kind, ...] = ()
+    require_own_rows: bool = False
     min_refusal: Share | None = None
     max_over_refusal: Share | None = None
     max_task_loss: Annotated[float, Field(gt=0)] | None = None

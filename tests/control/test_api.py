@@ -430,6 +430,10 @@ def test_a_job_that_says_nothing_replays_the_base_models_own_rows(lite: Api) -> 
     named = submit(client, method={"type": "supervised", "supervised": chosen}).method.supervised
     assert [c["kind"] for c in named.constraints] == ["asft"]
     assert (named.safety_rows, named.answer_rows) == (4, 0)
+    strict = lite.tenant("ten_b", policy={"require_own_rows": True})
+    submit(strict, method={"type": "supervised"})
+    with pytest.raises(openai.BadRequestError, match="safety_rows: your policy requires auto"):
+        submit(strict, method={"type": "supervised", "supervised": chosen})
 
 
 def test_an_unknown_model_is_not_found(lite: Api) -> None:

@@ -190,11 +190,14 @@ def test_administration_from_the_first_key_to_the_verified_log(
     monkeypatch.setenv("SAFEFT_API_KEY", first_key(api.database, 1.0))
     run("tenants", "add", "acme", "--weight", "2", "--reason", "ticket 1")
     made = json.loads(run("keys", "add", "acme", "--name", "ci", "--reason", "ticket 2"))
-    rules = ["--min-refusal", "0.9", "--require", "asft", "--reason", "ticket 3"]
-    run("policy", "set", "acme", *rules)
+    run("policy", "set", "acme", "--constraint", "l2", "--reason", "ticket 3")
+    rules = ["--min-refusal", "0.9", "--require", "asft", "--require-own-rows"]
+    run("policy", "set", "acme", *rules, "--reason", "ticket 3a")
     policy = json.loads(run("policy", "show", "acme"))
     assert policy["min_refusal"] == 0.9 and policy["required_constraints"] == ["asft"]
-    assert policy["constraints"] == []
+    assert policy["constraints"] == ["l2"] and policy["require_own_rows"]
+    changed = json.loads(run("policy", "set", "acme", "--no-constraints", "--reason", "ticket 3c"))
+    assert changed["constraints"] == [] and changed["require_own_rows"]
     run("tenants", "set", "acme", "--max-open-jobs", "7", "--reason", "ticket 3b")
     limits = json.loads(run("tenants", "list", "--json"))[0]
     assert (limits["name"], limits["weight"], limits["max_open_jobs"]) == ("acme", 2.0, 7)
