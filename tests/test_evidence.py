@@ -339,9 +339,8 @@ def test_the_bar_is_met_by_numbers_that_meet_it_and_missed_by_others() -> None:
     assert [found.verdict for *_, found in met] == ["yes"] * 4 + restored_controls + ["yes"]
     controls = [record(f"plain{RESTORED}", 0.6, 0.89, seed=seed) for seed in (0, 1, 2)]
     found = {asks: one.verdict for _, asks, one in bar(by_tenant([*GOOD, *controls]))}
-    assert found[
-        "more refusals than plain, restored as well, at the same task accuracy or less"
-    ] == ("yes")
+    asks = "more refusals than plain, restored as well, at the same task accuracy or less"
+    assert found[asks] == "yes"
     ((_, asks, nothing),) = bar(by_tenant(GOOD[:-3]))
     assert (asks, nothing.verdict) == ("all of it", "unknown")
     worse = [*GOOD[:-3], *(record(DEFAULT, 0.7, 0.89, seed=seed) for seed in (0, 1, 2))]

@@ -208,7 +208,7 @@ def test_administration_from_the_first_key_to_the_verified_log(
     with pytest.raises(InputError, match="no tenant nobody"):
         run("policy", "show", "nobody")
     found = json.loads(run("audit", "verify"))
-    assert found["entries"] == 9
+    assert found["entries"] == 11
     log = json.loads(run("audit", "show"))
     tickets = ["1", "2", "3", "3b", "4", "5", "6"]
     assert [entry["reason"] for entry in log][-7:] == [f"ticket {n}" for n in tickets]
