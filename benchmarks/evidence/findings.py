@@ -7,6 +7,7 @@ from statistics import fmean
 
 from benchmarks.evidence.cells import Record
 from benchmarks.evidence.chain_results import KINDS, Chain, bars, refusals
+from benchmarks.evidence.chain_tenants import tenants as all_tenants
 from benchmarks.evidence.claims import (
     CLAIMS,
     DEFAULT,
@@ -93,7 +94,8 @@ def chain_section(chain: Chain | None) -> str:
     asked = [(asks, f"**{_ASKED[one.verdict]}**", one.found) for asks, one in bars(chain)]
     return "\n\n".join(
         [
-            f"{head} The base model refuses {rate(chain.before)}.",
+            f"{head} The base model refuses {rate(chain.before)}. {len(chain.pairs)} of "
+            f"{len(all_tenants())} tenants have run; what follows is about these.",
             table(header, rows),
             table(("asked", "", "found"), asked),
         ]
