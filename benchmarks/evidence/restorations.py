@@ -82,14 +82,16 @@ def cells() -> list[Cell]:
     plain = [cell(m, "plain", task) for task in tasks for m in (*METHODS, *ABLATIONS)]
     tenants = [(task, 0.1, seed) for task in tasks for seed in SEEDS]
     tenants += [("sorting", share, SEEDS[0]) for share in OTHER_SHARES]
-    default = [cell("safereact", DEFAULT, *tenant) for tenant in tenants]
+    # What the default is held to with all seeds, as it is itself restored.
+    default = [cell("safereact", arm, *tenant) for tenant in tenants for arm in (DEFAULT, "plain")]
     others = [arm for arm in CORE if arm not in ("plain", DEFAULT)]
     rest = [cell(m, arm, task) for task in tasks for arm in others for m in METHODS]
     # These cost less of the task than constraints that hold all: what is lost is brought back.
     light = ("plain", DEFAULT, *LIGHTER)
     sweep = [cell("safereact", arm, "sorting", split="validation") for arm in light]
     lighter = [cell("safereact", arm, "sorting") for arm in LIGHTER]
-    return [*sweep, *plain, *default, *lighter, *rest]
+    grid = [*sweep, *plain, *default, *lighter, *rest]
+    return list({one.path: one for one in grid}.values())
 
 
 def cell(
