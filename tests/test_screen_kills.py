@@ -24,7 +24,7 @@ def screening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Screening]:
 
 def until(condition: Callable[[], bool], driver: Driver) -> None:
     """Poll; nothing here depends on how long it takes."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert driver.running() and time.monotonic() < deadline, driver.said()
         time.sleep(0.01)
