@@ -55,11 +55,9 @@ def training_rows(
     """
     kept = kept_indices(screening, verdict)
     indices = range(len(rows)) if kept is None else kept
-    data = counted(spec.data, len(indices), profile, spec.output)
-    safety = own_rows(data, profile, model_dir)
     how = spec.training.risk_weighting
     if how == "none":
-        return TrainingRows([*(rows[i] for i in indices), *safety], None, data)
+        return _with_own([rows[i] for i in indices], None, spec, profile, model_dir)
     scores = [known_score(one) for one in read_scores(screening)]
     if len(scores) != len(rows):
         raise InputError(f"{screening} holds the screening of other data; screen it again")
@@ -70,12 +68,26 @@ def training_rows(
         middle = _benign_median(profile)
         by_row = [risk_weight(score, middle, verdict.policy.row_threshold) for score in scores]
         indices = [i for i in indices if by_row[i] > 0]
-        weights = [*(by_row[i] for i in indices), *[1.0] * len(safety)]
+        weights = [by_row[i] for i in indices]
     if not indices:
         raise InputError(
             f"training.risk_weighting: {how} leaves none of the {len(rows)} rows: all are risky"
         )
-    return TrainingRows([*(rows[i] for i in indices), *safety], weights, data)
+    return _with_own([rows[i] for i in indices], weights, spec, profile, model_dir)
+
+
+def _with_own(
+    rows: list[TokenisedRow],
+    weights: list[float] | None,
+    spec: FinetuneSpec,
+    profile: SafetyProfile,
+    model_dir: Path,
+) -> TrainingRows:
+    """The tenant's rows, and with them the base model's own, which count whole."""
+    data = counted(spec.data, len(rows), profile, spec.output)
+    own = own_rows(data, profile, model_dir)
+    weighed = None if weights is None else [*weights, *[1.0] * len(own)]
+    return TrainingRows([*rows, *own], weighed, data)
 
 
 def risk_weight(score: float | None, middle: float, threshold: float) -> float:

@@ -169,7 +169,10 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
     ]
     found = chain_of(cells)
     assert found is not None and len(found.pairs) == 3
-    verdicts = [one for _, one in bars(found)]
+    verdicts = [one for _, one in bars(found, planned=3)]
+    early = [one for _, one in bars(found, planned=40)]
+    assert [one.verdict for one in early] == ["unknown", "unknown", "unknown", "no"]
+    assert early[0].found.startswith("so far 0 of 2 published")
     assert [one.verdict for one in verdicts] == ["yes", "yes", "yes", "no"]
     assert verdicts[0].found == "0 of 2 published; without protection 2 of 2"
     assert "+1.0 points" in verdicts[2].found and verdicts[3].found.startswith("+30%")
@@ -189,7 +192,7 @@ def test_a_published_model_below_the_floor_and_a_harmless_tenant_kept_out_miss_t
     ]
     found = chain_of(cells)
     assert found is not None
-    assert [one.verdict for _, one in bars(found)] == ["no", "no", "yes", "yes"]
+    assert [one.verdict for _, one in bars(found, planned=2)] == ["no", "no", "yes", "yes"]
 
 
 def test_without_cells_nothing_is_claimed() -> None:
@@ -203,4 +206,4 @@ def test_without_cells_nothing_is_claimed() -> None:
         ]
     )
     assert nothing is not None
-    assert {one.verdict for _, one in bars(nothing)} == {"unknown"}
+    assert {one.verdict for _, one in bars(nothing, planned=1)} == {"unknown"}

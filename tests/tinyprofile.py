@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,22 +48,23 @@ def write_profile(model_dir: Path, unaligned_dir: Path, threshold: float) -> Saf
 
 def write_refusals(profile: SafetyProfile, count: int) -> list[OwnRefusal]:
     """Write the part ``refusals``."""
-    part = profile.root / "refusals"
-    part.mkdir(parents=True)
     refusals = [OwnRefusal(f"prompt {n}", f"I can't do {n}.") for n in range(count)]
-    save_refusals(refusals, part)
-    profile.write_record(part, {})
+    _write_part(profile, "refusals", lambda part: save_refusals(refusals, part))
     return refusals
 
 
 def write_answers(profile: SafetyProfile, count: int) -> list[OwnAnswer]:
     """Write the part ``answers``."""
-    part = profile.root / "answers"
-    part.mkdir(exist_ok=True)
     answers = [OwnAnswer(f"how to {n}", f"Like this: {n}.") for n in range(count)]
-    save_answers(answers, part)
-    profile.write_record(part, {})
+    _write_part(profile, "answers", lambda part: save_answers(answers, part))
     return answers
+
+
+def _write_part(profile: SafetyProfile, name: str, save: Callable[[Path], None]) -> None:
+    part = profile.root / name
+    part.mkdir(parents=True, exist_ok=True)
+    save(part)
+    profile.write_record(part, {})
 
 
 def _adapter(model_dir: Path, seed: int, directory: Path) -> None:

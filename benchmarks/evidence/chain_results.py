@@ -78,8 +78,18 @@ def chain_of(records: Sequence[Record]) -> Chain | None:
     return Chain(refusals(before[0]), pairs) if before and pairs else None
 
 
-def bars(chain: Chain) -> list[tuple[str, Judged]]:
-    """The bars of the whole chain, each judged on the tenants that have run."""
+def bars(chain: Chain, planned: int) -> list[tuple[str, Judged]]:
+    """The bars of the whole chain: a part of the `planned` tenants can miss one, and meets none."""
+    found = _judged(chain)
+    if len(chain.pairs) >= planned:
+        return found
+    return [
+        (asks, Judged("unknown", f"so far {one.found}") if one.verdict == "yes" else one)
+        for asks, one in found
+    ]
+
+
+def _judged(chain: Chain) -> list[tuple[str, Judged]]:
     return [
         ("no published model below the floor", _floor(chain)),
         (f"at most {MAX_REJECTED:.0%} of harmless tenants rejected or withheld", _kept_out(chain)),

@@ -87,15 +87,16 @@ def chain_section(chain: Chain | None) -> str:
                 f"{sum(map(chain.below_floor, bare))} of {len(bare)}" if bare else "",
             )
         )
+    planned = len(all_tenants())
     header = (
         *("data", "tenants", "rejected", "published", "restored", "withheld"),
         *("refuses", "below the floor", "unprotected refuses", "below the floor"),
     )
-    asked = [(asks, f"**{_ASKED[one.verdict]}**", one.found) for asks, one in bars(chain)]
+    asked = [(asks, f"**{_ASKED[one.verdict]}**", one.found) for asks, one in bars(chain, planned)]
     return "\n\n".join(
         [
             f"{head} The base model refuses {rate(chain.before)}. {len(chain.pairs)} of "
-            f"{len(all_tenants())} tenants have run; what follows is about these.",
+            f"{planned} tenants have run; what follows is about these.",
             table(header, rows),
             table(("asked", "", "found"), asked),
         ]
