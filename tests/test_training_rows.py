@@ -23,6 +23,7 @@ from safeft.profile import SafetyProfile
 from safeft.screen_policy import ScreenPolicy
 from tests.test_verdict import POLICY, scored, screening
 from tests.tinyjob import make_spec
+from tests.tinyprofile import write_answers, write_refusals
 
 ROWS = [TokenisedRow(i, [1, 2, i + 3], [-100, 2, i + 3]) for i in range(5)]
 SCORES = scored(-3.0, 2.0, 0.0, math.nan, -1.0)
@@ -64,6 +65,25 @@ def test_risky_rows_are_left_out_or_count_less_where_the_verdict_kept_them(
     lines, weights = used("downweight", where, profile)
     assert lines == [0, 2, 4]
     assert weights == [1.0, 0.5, 1.0]  # 1 up to the benign median of -1, 0 at the threshold of 1
+
+
+def test_automatic_own_rows_go_by_the_rows_that_are_left_and_count_whole(
+    tmp_path: Path, profile: SafetyProfile, tiny_dir: Path
+) -> None:
+    where = screening(tmp_path / "s", SCORES)
+    write_refusals(profile, 9)
+    write_answers(profile, 9)
+    verdict, data = read_verdict(where), {"train": "rows.jsonl", "safety_rows": "auto"}
+    for how, own, weights in (
+        ("none", 2, None),  # four fifteenths of five rows, rounded up
+        ("drop", 1, None),  # of three
+        ("downweight", 1, [1.0, 0.5, 1.0, 1.0, 1.0]),
+    ):
+        training = {"risk_weighting": how}
+        spec = make_spec(tmp_path / how, training=training, data={**data, "answer_rows": "auto"})
+        found = training_rows(spec, ROWS, verdict, where, profile, tiny_dir)
+        assert (found.data.safety_rows, found.data.answer_rows) == (1, own)
+        assert found.weights == weights and len(found.rows) == (5 if how == "none" else 3) + 1 + own
 
 
 def test_weighting_that_leaves_nothing_is_an_error(tmp_path: Path, profile: SafetyProfile) -> None:
