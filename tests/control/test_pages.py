@@ -370,8 +370,11 @@ def test_a_jobs_page_tells_what_was_found(api: Api) -> None:
     with api.database.system() as session:
         row = session.get_one(Job, job_id)
         before = {"passed": False, "after": EVALUATION["before"]}
-        row.facts = {**row.facts, "before_restoring": before}
-    assert "After restoring" in browser.page(f"/status/jobs/{job_id}")
+        added = {**row.facts.get("training", {}), "safety_rows": 16, "answer_rows": 32}
+        row.facts = {**row.facts, "before_restoring": before, "training": added}
+    assert "<dd>0 and 0</dd>" in shown  # of the model's own rows: none were asked for
+    shown = browser.page(f"/status/jobs/{job_id}")
+    assert "After restoring" in shown and "<dd>16 and 32</dd>" in shown
 
 
 def test_a_manifest_that_another_key_signed_is_not_vouched_for(api: Api) -> None:
