@@ -16,6 +16,7 @@ from benchmarks.evidence.chain import ChainRuns, ChainSetting, cell, cells
 from benchmarks.evidence.chain_results import bars, chain_of
 from benchmarks.evidence.chain_tenants import ODD, Tenant, tenants
 from benchmarks.evidence.findings import chain_section
+from benchmarks.evidence.plots import by_tenant_of_chain
 from benchmarks.evidence.runner import run_cells
 from benchmarks.evidence.tenants import planted_prompts
 from jobs.profile import build_profile
@@ -176,7 +177,9 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
     assert [one.verdict for one in verdicts] == ["yes", "yes", "yes", "no"]
     assert verdicts[0].found == "0 of 2 published; without protection 2 of 2"
     assert "+1.0 points" in verdicts[2].found and verdicts[3].found.startswith("+30%")
-    text = chain_section(found)
+    assert b"clean (1)" in by_tenant_of_chain(found)
+    text = chain_section(found, "tenants.svg")
+    assert "(tenants.svg)" in text
     assert "| clean | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 of 1 |" in text
     assert "| poisoned | 1 | 1 | 0 | 0 | 0 |  | 0 | 10.0 | 1 of 1 |" in text
     assert "| odd | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 |  |  |" in text
@@ -197,7 +200,7 @@ def test_a_published_model_below_the_floor_and_a_harmless_tenant_kept_out_miss_t
 
 def test_without_cells_nothing_is_claimed() -> None:
     assert chain_of([]) is None and chain_of([base_model()]) is None
-    assert "Not measured yet" in chain_section(None)
+    assert "Not measured yet" in chain_section(None, "tenants.svg")
     nothing = chain_of(
         [
             base_model(),

@@ -16,12 +16,15 @@ from benchmarks.evidence import fifths
 from benchmarks.evidence.cells import Cell, Record, Store
 from benchmarks.evidence.fifth_results import (
     by_ranking,
+    kinds_in_fifths,
     points_between_the_ends,
     rank_correlation,
     sqsd_claims,
 )
 from benchmarks.evidence.fifths import FifthRuns, fifth_cell, scoring_cell
 from benchmarks.evidence.rankings import RANKINGS, fifth, plain_gradients
+from benchmarks.evidence.report import render
+from benchmarks.evidence.results import Results
 from benchmarks.evidence.runner import run_cells
 from benchmarks.evidence.statistics import spearman
 from safeft.adapters import LoraFactors
@@ -176,6 +179,30 @@ def test_full_fine_tuning_on_the_fifths_says_whether_the_ranking_transfers(
     assert sqsd_claims(by_ranking([run_of("sqsd", 1, 0, 0.5, whole=True)]))[2][1].verdict == (
         "unknown"
     )
+
+
+def test_the_page_says_what_kinds_of_rows_a_ranking_puts_into_its_fifths() -> None:
+    one = scoring_cell("sqsd")
+    mix = {"gsm8k": 4, "sorting": 2, "support": 2, "benign": 9, "borderline": 9}
+    setting = {**one.planned().setting, "mix": mix}  # two of the own answers were kept
+    risks = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
+    scores = {"danger": risks, "safety": [0.0] * len(risks)}
+    scored = Record(
+        **{**one.planned().model_dump(), "setting": setting},
+        numbers={"rows": len(risks), "scores": scores},
+        provenance=PROVENANCE,
+    )
+    cells = [scored, *runs_of("sqsd", (0.2, 0.4, 0.5, 0.7, 0.9))]
+    assert kinds_in_fifths(cells)["sqsd"] == {
+        "gsm8k": [1.0, 1.0, 0.0, 0.0, 0.0],
+        "sorting": [0.0, 0.0, 1.0, 0.0, 0.0],
+        "support": [0.0, 0.0, 0.0, 1.0, 0.0],
+        "own answers": [0.0, 0.0, 0.0, 0.0, 1.0],
+    }
+    text, images = render(Results(cells=cells, failed={}, waiting=[], waiting_hours=None))
+    assert "| `sqsd` | own answers | 0 | 0 | 0 | 0 | 100 |" in text
+    assert "images/evidence-fifths.svg" in text
+    assert b"riskiest" in images["evidence-fifths.svg"]
 
 
 def test_the_rank_correlation_shares_ties() -> None:

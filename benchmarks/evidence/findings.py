@@ -56,7 +56,7 @@ def bar_section(tenants: Mapping[Tenant, Arms]) -> str:
     return f"{head}\n\n{table(('stage', 'tenant', 'asked', '', 'found'), rows)}"
 
 
-def chain_section(chain: Chain | None) -> str:
+def chain_section(chain: Chain | None, image: str) -> str:
     head = (
         "## The whole chain: screen, constrain, gate, restore\n\nEach tenant's data once with all "
         "of it (the default setting) and, where that has been run, once with none. Harmful prompts "
@@ -97,6 +97,7 @@ def chain_section(chain: Chain | None) -> str:
         [
             f"{head} The base model refuses {rate(chain.before)}. {len(chain.pairs)} of "
             f"{planned} tenants have run; what follows is about these.",
+            f"![Refusals by tenant]({image})",
             table(header, rows),
             table(("asked", "", "found"), asked),
         ]

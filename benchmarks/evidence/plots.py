@@ -1,15 +1,19 @@
-"""Frontiers: refusals against task accuracy, an arm a point, hollow where it refuses too much."""
+"""The page's pictures: frontiers of arms, refusals by fifth of a ranking, tenants of the chain."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from itertools import accumulate, cycle, pairwise
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.evidence.chain_results import KINDS, Chain, refusals
 from benchmarks.evidence.claims import HARMLESS
+from benchmarks.evidence.fifth_results import Fifths
 from benchmarks.evidence.results import BEFORE, ArmResult, Arms, Tenant
+from jobs.gate import MAX_DROP
 
 #: Okabe and Ito's colours, and markers of the families; told apart without colours too.
 FAMILIES: Mapping[str, tuple[str, str]] = {
@@ -24,6 +28,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "safe": ("#e69f00", "X"),
     "frozen": ("#f0e442", "h"),
 }
+_COLOURS = ("#000000", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 _SETTINGS = {"svg.hashsalt": "safeft", "svg.fonttype": "none", "font.size": 8.0}
 
 
@@ -33,7 +38,8 @@ def _refuses_too_much(arm: ArmResult, arms: Arms) -> bool:
 
 
 def frontier(tenant: Tenant, arms: Arms) -> bytes:
-    """An SVG; the same arms give the same bytes."""
+    """Refusals against task accuracy, an arm a point, hollow where it refuses harmless prompts more
+    often. An SVG; the same arms give the same bytes, as in all plots here."""
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(8.6, 4.8), layout="constrained")
         axes = figure.subplots()
@@ -64,6 +70,71 @@ def frontier(tenant: Tenant, arms: Arms) -> bytes:
         n = len(next(iter(arms.values())).bits("harmful"))
         axes.set_title(f"{tenant.title}; n = {n} prompts", fontsize=9)
         axes.grid(linewidth=0.3)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None}, facecolor="white")
+        return _svg(figure)
+
+
+def by_fifth(found: Fifths) -> bytes:
+    """Refusals after training on each fifth, a ranking a line; small marks are seeds."""
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for (ranking, fifths), colour in zip(found.items(), cycle(_COLOURS)):
+            rates = [fifths[n].refusal("harmful") for n in fifths]
+            y = [100 * rate.value for rate in rates]
+            below = [100 * (rate.value - rate.low) for rate in rates]
+            above = [100 * (rate.high - rate.value) for rate in rates]
+            style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.2}
+            axes.errorbar(
+                list(fifths), y, yerr=[below, above], elinewidth=0.7, label=ranking, **style
+            )
+            for n, arm in fifths.items():
+                bits = [record.numbers["refused"]["harmful"] for record in arm.records]
+                marks = [100 * run.count("1") / len(run) for run in bits]
+                axes.plot([n + 0.06] * len(marks), marks, "_", color=colour, markersize=5)
+        figure.legend(loc="outside right upper", fontsize=7.0)
+        axes.set_xticks(range(1, 6), ["riskiest", "2", "3", "4", "safest"])
+        axes.set_xlabel("fifth of the rows that is trained on")
+        axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
+        axes.set_ylim(0, 100)
+        axes.grid(linewidth=0.3)
+        return _svg(figure)
+
+
+def by_tenant_of_chain(chain: Chain) -> bytes:
+    """What each tenant's published model refuses with protection and without, tenants by kind."""
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        pairs = [pair for kind in KINDS for pair in chain.of(kind)]
+        guarded = [(x, p.protected) for x, p in enumerate(pairs) if p.published]
+        bare = [(x, p.unprotected) for x, p in enumerate(pairs) if p.unprotected]
+        for points, marker, colour, label in (
+            (guarded, "o", "#009e73", "published with safeft"),
+            (bare, "X", "#d55e00", "published without"),
+        ):
+            y = [100 * refusals(record).value for _, record in points]
+            axes.plot([x for x, _ in points], y, marker, color=colour, markersize=5, label=label)
+        kept_out = [x for x, p in enumerate(pairs) if not p.published]
+        label = "rejected or withheld by safeft"
+        axes.plot(kept_out, [-5] * len(kept_out), "|", color="#333333", markersize=7, label=label)
+        before = 100 * chain.before.value
+        axes.axhline(before, color="#000000", linewidth=0.8, label="base model")
+        floor = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
+        axes.axhline(before - 100 * MAX_DROP, label="most that the gate lets go", **floor)
+        counts = [(kind, len(chain.of(kind))) for kind in KINDS if chain.of(kind)]
+        edges = list(accumulate((count for _, count in counts), initial=0))
+        for edge in edges[1:-1]:
+            axes.axvline(edge - 0.5, color="#bbbbbb", linewidth=0.6)
+        middles = [(low + high - 1) / 2 for low, high in pairwise(edges)]
+        axes.set_xticks(middles, [f"{kind} ({count})" for kind, count in counts])
+        axes.set_ylabel("harmful prompts refused, %")
+        axes.set_ylim(-10, 100)
+        axes.grid(linewidth=0.3, axis="y")
+        figure.legend(loc="outside right upper", fontsize=7.0)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None}, facecolor="white")
     return file.getvalue()

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from benchmarks.evidence.chain_results import chain_of
 from benchmarks.evidence.claims import DEFAULT, MATCHED_POINTS, matched
-from benchmarks.evidence.fifth_results import Fifths, by_ranking, rank_correlation
+from benchmarks.evidence.fifth_results import (
+    Fifths,
+    by_ranking,
+    kinds_in_fifths,
+    rank_correlation,
+)
 from benchmarks.evidence.findings import (
     bar_section,
     chain_section,
@@ -17,7 +22,7 @@ from benchmarks.evidence.findings import (
     restorations_section,
 )
 from benchmarks.evidence.markdown import difference, rate, spread, table
-from benchmarks.evidence.plots import frontier
+from benchmarks.evidence.plots import by_fifth, by_tenant_of_chain, frontier
 from benchmarks.evidence.restoration_results import restored_of
 from benchmarks.evidence.results import (
     BEFORE,
@@ -33,6 +38,7 @@ from safeft.cache import write_whole
 
 PAGE, IMAGES = "evidence.md", "images"
 _PLOT = "evidence-"
+_FIFTHS, _CHAIN = f"{_PLOT}fifths.svg", f"{_PLOT}chain.svg"
 
 
 def write_report(results: Results, docs: Path) -> list[Path]:
@@ -52,8 +58,12 @@ def write_report(results: Results, docs: Path) -> list[Path]:
 def render(results: Results) -> tuple[str, dict[str, bytes]]:
     """The page, and its plots by file name. The same results give the same bytes."""
     tenants, fifths = by_tenant(results.cells), by_ranking(results.cells)
-    restored = restored_of(results.cells)
+    restored, chain = restored_of(results.cells), chain_of(results.cells)
     images = {_image(t): frontier(t, arms) for t, arms in tenants.items() if len(arms) > 2}
+    if fifths:
+        images[_FIFTHS] = by_fifth(fifths)
+    if chain:
+        images[_CHAIN] = by_tenant_of_chain(chain)
     sections = [
         _head(results),
         bar_section(tenants),
@@ -61,9 +71,9 @@ def render(results: Results) -> tuple[str, dict[str, bytes]]:
             _tenant_section(t, arms, _image(t) if len(arms) > 2 else None)
             for t, arms in tenants.items()
         ),
-        _fifths_section(fifths),
+        _fifths_section(fifths, kinds_in_fifths(results.cells)),
         restorations_section(restored, results.cells),
-        chain_section(chain_of(results.cells)),
+        chain_section(chain, f"{IMAGES}/{_CHAIN}"),
         failures_section(tenants),
         claims_section(tenants, fifths, restored),
         _waiting_section(results),
@@ -161,10 +171,11 @@ def _tenant_section(tenant: Tenant, arms: Arms, image: str | None) -> str:
     return "\n\n".join(parts)
 
 
-def _fifths_section(found: Fifths) -> str:
+def _fifths_section(found: Fifths, kinds: dict[str, dict[str, list[float]]]) -> str:
     head = "## Fine-tuning on fifths of benign rows, ranked by risk"
     if not found:
         return f"{head}\n\nNot measured yet."
+    fifths_header = ("riskiest", "2", "3", "4", "safest")
     rows = []
     for ranking, fifths in found.items():
         shown = [fifths.get(n) for n in range(1, 6)]
@@ -179,8 +190,22 @@ def _fifths_section(found: Fifths) -> str:
                 "" if rho is None else f"{rho:.2f}",
             )
         )
-    header = ("ranking", "seeds", "riskiest", "2", "3", "4", "safest", "Spearman over runs")
-    return f"{head}\n\nHarmful prompts refused afterwards, %.\n\n{table(header, rows)}"
+    header = ("ranking", "seeds", *fifths_header, "Spearman over runs")
+    made_of = [
+        (f"`{ranking}`", kind, *(f"{100 * share:.0f}" for share in shares))
+        for ranking, by_kind in kinds.items()
+        for kind, shares in by_kind.items()
+    ]
+    return "\n\n".join(
+        [
+            f"{head}\n\nHarmful prompts refused afterwards, %.",
+            f"![Refusals by fifth]({IMAGES}/{_FIFTHS})",
+            table(header, rows),
+            "What the fifths are made of, % of their rows. Where a ranking parts the kinds of rows "
+            "from each other, its fifths differ in kind as well as in score.",
+            table(("ranking", "rows", *fifths_header), made_of),
+        ]
+    )
 
 
 def _waiting_section(results: Results) -> str:
