@@ -448,6 +448,7 @@ def test_finals_read_the_profile_of_unseen_prompts_and_sweeps_the_packaged_one()
         "plain-3e-4",
         "l2-5",
         "l2-1",
+        "l2-0.2",
     }
     sweeps = [setting for name, setting in of.items() if name.startswith("sweep")]
     assert {setting.prompts for setting in sweeps} == {"packaged"}
