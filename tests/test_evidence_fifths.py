@@ -165,6 +165,8 @@ def test_the_claims_on_fifths_follow_from_their_refusals() -> None:
     assert [one.verdict for _, one in sqsd_claims(found)] == ["yes", "yes", "unknown"]
     falling = by_ranking(runs_of("sqsd", (0.9, 0.7, 0.5, 0.4, 0.2)))
     assert [one.verdict for _, one in sqsd_claims(falling)] == ["no", "unknown", "unknown"]
+    bent = by_ranking(runs_of("sqsd", (0.1, 0.5, 0.7, 0.6, 0.6)))  # the ends are right
+    assert [one.verdict for _, one in sqsd_claims(bent)] == ["partly", "unknown", "unknown"]
     assert [one.verdict for _, one in sqsd_claims(by_ranking(rising[:3]))] == ["unknown"] * 3
 
 

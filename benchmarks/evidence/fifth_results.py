@@ -114,9 +114,12 @@ def _monotone(fifths: dict[int, ArmResult]) -> Judged:
     values = [rate.value for rate in rates]
     rises = all(a <= b for a, b in pairwise(values)) and values[0] < values[4]
     listed = ", ".join(f"{100 * value:.1f}" for value in values)
-    rho = rank_correlation(fifths)
-    said = f"{listed} % from riskiest to safest; Spearman over runs {_number(rho)}"
-    return Judged("yes" if rises else "no", said)
+    rho, ends = rank_correlation(fifths), fifths[5].against(fifths[1])
+    said = (
+        f"{listed} % from riskiest to safest; Spearman over runs {_number(rho)}; safest against "
+        f"riskiest p = {ends.p:.2g}"
+    )
+    return Judged("yes" if rises else "partly" if ends.higher else "no", said)
 
 
 def _number(rho: float | None) -> str:
