@@ -194,7 +194,7 @@ def test_the_page_says_what_kinds_of_rows_a_ranking_puts_into_its_fifths() -> No
         numbers={"rows": len(risks), "scores": scores},
         provenance=PROVENANCE,
     )
-    cells = [scored, *runs_of("sqsd", (0.2, 0.4, 0.5, 0.7, 0.9))]
+    cells = [scored, *runs_of("sqsd", (0.2, 0.4, 0.5, 0.8, 0.7))]
     assert kinds_in_fifths(cells)["sqsd"] == {
         "gsm8k": [1.0, 1.0, 0.0, 0.0, 0.0],
         "sorting": [0.0, 0.0, 1.0, 0.0, 0.0],
@@ -204,6 +204,7 @@ def test_the_page_says_what_kinds_of_rows_a_ranking_puts_into_its_fifths() -> No
     text, images = render(Results(cells=cells, failed={}, waiting=[], waiting_hours=None))
     assert "| `sqsd` | own answers | 0 | 0 | 0 | 0 | 100 |" in text
     assert "images/evidence-fifths.svg" in text
+    assert "- fifths of benign rows: not found, or only in part, that refusals rise" in text
     assert b"riskiest" in images["evidence-fifths.svg"]
 
 

@@ -146,11 +146,16 @@ def _mean(records: Sequence[Record]) -> str:
     return f"{100 * fmean(refusals(record).value for record in records):.1f}"
 
 
-def failures_section(tenants: Mapping[Tenant, Arms]) -> str:
+def failures_section(tenants: Mapping[Tenant, Arms], fifths: Fifths) -> str:
     lines = [
         f"- {tenant.stage}, {tenant.title}: {said}"
         for tenant, arms in tenants.items()
         for said in _faults(arms)
+    ]
+    lines += [
+        f"- fifths of benign rows: not found, or only in part, that {says}: {one.found}."
+        for says, one in sqsd_claims(fifths)
+        if one.verdict in ("no", "partly")
     ]
     if not lines:
         lines = ["Nothing can be said yet."]

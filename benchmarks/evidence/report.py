@@ -74,7 +74,7 @@ def render(results: Results) -> tuple[str, dict[str, bytes]]:
         _fifths_section(fifths, kinds_in_fifths(results.cells)),
         restorations_section(restored, results.cells),
         chain_section(chain, f"{IMAGES}/{_CHAIN}"),
-        failures_section(tenants),
+        failures_section(tenants, fifths),
         claims_section(tenants, fifths, restored),
         _waiting_section(results),
         resources.files(__package__).joinpath("method.md").read_text(encoding="utf-8").strip(),
