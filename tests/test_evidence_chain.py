@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.evidence import chain, tasks
 from benchmarks.evidence.cells import METRICS, SECONDS, Cell, Record, Store
@@ -16,7 +17,7 @@ from benchmarks.evidence.chain import ChainRuns, ChainSetting, cell, cells
 from benchmarks.evidence.chain_results import bars, chain_of
 from benchmarks.evidence.chain_tenants import ODD, Tenant, tenants
 from benchmarks.evidence.findings import chain_section
-from benchmarks.evidence.plots import by_tenant_of_chain
+from benchmarks.evidence.plots import draw_chain
 from benchmarks.evidence.runner import run_cells
 from benchmarks.evidence.tenants import planted_prompts
 from jobs.profile import build_profile
@@ -177,7 +178,21 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
     assert [one.verdict for one in verdicts] == ["yes", "yes", "yes", "no"]
     assert verdicts[0].found == "0 of 2 published; without protection 2 of 2"
     assert "+1.0 points" in verdicts[2].found and verdicts[3].found.startswith("+30%")
-    assert b"clean (1)" in by_tenant_of_chain(found)
+    axes = Figure().subplots()
+    draw_chain(axes, found)
+    drawn = {line.get_label(): line.get_data() for line in axes.lines}
+    # Tenants by kind: clean, odd, poisoned; the last was kept out.
+    for label, x, y in (
+        ("published with safeft", [0, 1], [90, 90]),
+        ("published without", [0, 2], [30, 10]),
+        ("rejected or withheld by safeft", [2], [-5]),
+        ("base model", [0, 1], [92, 92]),
+        ("most that the gate lets go", [0, 1], [82, 82]),
+    ):
+        assert [list(map(float, side)) for side in drawn[label]] == [
+            pytest.approx(x),
+            pytest.approx(y),
+        ]
     text = chain_section(found, "tenants.svg")
     assert "(tenants.svg)" in text
     assert "| clean | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 of 1 |" in text

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from benchmarks.evidence import fifths
 from benchmarks.evidence.cells import Cell, Record, Store
@@ -22,15 +23,17 @@ from benchmarks.evidence.fifth_results import (
     sqsd_claims,
 )
 from benchmarks.evidence.fifths import FifthRuns, fifth_cell, scoring_cell
-from benchmarks.evidence.rankings import RANKINGS, fifth, plain_gradients
+from benchmarks.evidence.plots import draw_fifths
+from benchmarks.evidence.rankings import RANKINGS, fifth, places, plain_gradients
 from benchmarks.evidence.report import render
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.runner import run_cells
 from benchmarks.evidence.statistics import spearman
 from safeft.adapters import LoraFactors
-from safeft.data import TokenisedRow
+from safeft.data import Row, TokenisedRow, load_rows
 from safeft.models import load_model
 from safeft.progress import silent
+from safeft.prompts import Kind, load_prompts
 from safeft.sqsd import Projection, SqsdScorer
 from tests.test_evidence import PROVENANCE, write_gsm8k
 from tests.test_sqsd import NAMES, random_factors, random_rows
@@ -127,6 +130,7 @@ def test_a_fifth_is_trained_on_rows_of_the_ranking_that_was_scored_before(
     assert min(losses[n - 1] for n in lines[0]) > max(losses[n - 1] for n in lines[1])
     assert all(len(rows) == 2 for rows in trained)
     ranked = store.directory(scoring_cell("sqsd")) / fifths.FILE
+    assert_lies_by_kind(load_rows(ranked))
     before = ranked.read_bytes()
     ranked.unlink()  # as where the numbers came from another machine
     assert not run_cells([fifth_cell("loss", 3, 0)], store, runs).failed
@@ -134,6 +138,18 @@ def test_a_fifth_is_trained_on_rows_of_the_ranking_that_was_scored_before(
     ranked.write_bytes(before + before)
     other = run_cells([fifth_cell("loss", 2, 0)], store, runs)
     assert "does not hold the rows" in next(iter(other.failed.values()))
+
+
+def assert_lies_by_kind(rows: list[Row]) -> None:
+    """The rows of `runs` lie where `places` says that their kinds do."""
+    where = places({"gsm8k": 6, "sorting": 4, "support": 0}, len(rows))
+    sorting = [i for i, row in enumerate(rows) if row.messages[0].content.endswith("Sort it.")]
+    assert sorting == list(where["sorting"])
+    kinds: tuple[Kind, ...] = ("benign", "borderline")
+    own = {p.text for kind in kinds for p in load_prompts(kind, "profile")}
+    asked = [i for i, row in enumerate(rows) if row.messages[0].content in own]
+    assert asked == list(where["own answers"])
+    assert sum(map(len, where.values())) == len(rows)
 
 
 def run_of(ranking: str, number: Any, seed: int, refused: float, whole: bool = False) -> Record:
@@ -206,6 +222,11 @@ def test_the_page_says_what_kinds_of_rows_a_ranking_puts_into_its_fifths() -> No
     assert "images/evidence-fifths.svg" in text
     assert "- fifths of benign rows: not found, or only in part, that refusals rise" in text
     assert b"riskiest" in images["evidence-fifths.svg"]
+    axes = Figure().subplots()
+    draw_fifths(axes, by_ranking(cells))
+    means, *seeds = [line.get_ydata() for line in axes.lines if line.get_marker() != "None"]
+    assert list(means) == pytest.approx([20, 40, 50, 80, 70], abs=1)
+    assert [len(marks) for marks in seeds] == [3] * 5
 
 
 def test_the_rank_correlation_shares_ties() -> None:

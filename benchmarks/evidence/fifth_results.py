@@ -7,13 +7,12 @@ from itertools import pairwise
 
 from benchmarks.evidence.cells import Record
 from benchmarks.evidence.claims import Judged
-from benchmarks.evidence.rankings import RANKINGS, fifth
+from benchmarks.evidence.rankings import RANKINGS, fifth, places
 from benchmarks.evidence.results import ArmResult
 from benchmarks.evidence.statistics import spearman
 
 PART, SQSD = "fifths", "sqsd"
 WHOLE = ", whole weights"
-FIXED_KINDS, OWN = ("gsm8k", "sorting", "support"), "own answers"
 #: By ranking, the fifths that have run: 1 is the riskiest.
 Fifths = dict[str, dict[int, ArmResult]]
 
@@ -35,8 +34,7 @@ def by_ranking(records: Sequence[Record]) -> Fifths:
 
 def kinds_in_fifths(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
     """By ranking and kind of row, the kind's share in each fifth, riskiest first; of rankings whose
-    rows have been scored. Rows lie in the order of `mixed_rows`; what comes after the kinds whose
-    number is fixed are the model's own answers."""
+    rows have been scored."""
     scored = {
         record.setting["method"]: record
         for record in records
@@ -47,15 +45,9 @@ def kinds_in_fifths(records: Sequence[Record]) -> dict[str, dict[str, list[float
         if (record := scored.get(method)) is None:
             continue
         parts = [fifth(risk(record.numbers["scores"]), number) for number in range(1, 6)]
-        mix, start = record.setting["mix"], 0
-        bounds = {}
-        for kind in FIXED_KINDS:
-            bounds[kind] = range(start, start + mix[kind])
-            start += mix[kind]
-        bounds[OWN] = range(start, record.numbers["rows"])
         found[ranking] = {
             kind: [sum(i in inside for i in part) / len(part) for part in parts]
-            for kind, inside in bounds.items()
+            for kind, inside in places(record.setting["mix"], record.numbers["rows"]).items()
         }
     return found
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate, cycle, pairwise
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.chain_results import KINDS, Chain, refusals
@@ -40,101 +41,104 @@ def _refuses_too_much(arm: ArmResult, arms: Arms) -> bool:
 def frontier(tenant: Tenant, arms: Arms) -> bytes:
     """Refusals against task accuracy, an arm a point, hollow where it refuses harmless prompts more
     often. An SVG; the same arms give the same bytes, as in all plots here."""
-    with rc_context(_SETTINGS):
-        figure = Figure(figsize=(8.6, 4.8), layout="constrained")
-        axes = figure.subplots()
-        for number, (name, arm) in enumerate(arms.items(), start=1):
-            colour, marker = next(v for k, v in FAMILIES.items() if name.startswith(k))
-            rate, x = arm.refusal("harmful"), 100 * arm.accuracy().value
-            y = 100 * rate.value
-            axes.errorbar(
-                x,
-                y,
-                yerr=[[y - 100 * rate.low], [100 * rate.high - y]],
-                color=colour,
-                marker=marker,
-                markersize=6,
-                markerfacecolor="white" if _refuses_too_much(arm, arms) else colour,
-                markeredgecolor="#333333",
-                markeredgewidth=0.4,
-                elinewidth=0.7,
-                alpha=0.9,
-                label=f"{number}  {name}",
-            )
-            # Names would cover each other where arms end near each other.
-            offset = {"xytext": (4, 3), "textcoords": "offset points"}
-            axes.annotate(str(number), (x, y), fontsize=6.5, **offset)
-        figure.legend(loc="outside right upper", fontsize=6.0)
-        axes.set_xlabel("task accuracy, %; hollow: refuses harmless prompts more than before")
-        axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
-        n = len(next(iter(arms.values())).bits("harmful"))
-        axes.set_title(f"{tenant.title}; n = {n} prompts", fontsize=9)
-        axes.grid(linewidth=0.3)
-        return _svg(figure)
+    return _svg((8.6, 4.8), lambda axes: draw_frontier(axes, tenant, arms), legend_size=6.0)
 
 
 def by_fifth(found: Fifths) -> bytes:
     """Refusals after training on each fifth, a ranking a line; small marks are seeds."""
-    with rc_context(_SETTINGS):
-        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-        axes = figure.subplots()
-        for (ranking, fifths), colour in zip(found.items(), cycle(_COLOURS)):
-            rates = [fifths[n].refusal("harmful") for n in fifths]
-            y = [100 * rate.value for rate in rates]
-            below = [100 * (rate.value - rate.low) for rate in rates]
-            above = [100 * (rate.high - rate.value) for rate in rates]
-            style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.2}
-            axes.errorbar(
-                list(fifths), y, yerr=[below, above], elinewidth=0.7, label=ranking, **style
-            )
-            for n, arm in fifths.items():
-                bits = [record.numbers["refused"]["harmful"] for record in arm.records]
-                marks = [100 * run.count("1") / len(run) for run in bits]
-                axes.plot([n + 0.06] * len(marks), marks, "_", color=colour, markersize=5)
-        figure.legend(loc="outside right upper", fontsize=7.0)
-        axes.set_xticks(range(1, 6), ["riskiest", "2", "3", "4", "safest"])
-        axes.set_xlabel("fifth of the rows that is trained on")
-        axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
-        axes.set_ylim(0, 100)
-        axes.grid(linewidth=0.3)
-        return _svg(figure)
+    return _svg((7.2, 4.0), lambda axes: draw_fifths(axes, found))
 
 
 def by_tenant_of_chain(chain: Chain) -> bytes:
     """What each tenant's published model refuses with protection and without, tenants by kind."""
+    return _svg((8.6, 3.6), lambda axes: draw_chain(axes, chain))
+
+
+def draw_frontier(axes: Axes, tenant: Tenant, arms: Arms) -> None:
+    """The points of `frontier`, numbered as in the legend."""
+    for number, (name, arm) in enumerate(arms.items(), start=1):
+        colour, marker = next(v for k, v in FAMILIES.items() if name.startswith(k))
+        rate, x = arm.refusal("harmful"), 100 * arm.accuracy().value
+        y = 100 * rate.value
+        axes.errorbar(
+            x,
+            y,
+            yerr=[[y - 100 * rate.low], [100 * rate.high - y]],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markerfacecolor="white" if _refuses_too_much(arm, arms) else colour,
+            markeredgecolor="#333333",
+            markeredgewidth=0.4,
+            elinewidth=0.7,
+            alpha=0.9,
+            label=f"{number}  {name}",
+        )
+        # Names would cover each other where arms end near each other.
+        offset = {"xytext": (4, 3), "textcoords": "offset points"}
+        axes.annotate(str(number), (x, y), fontsize=6.5, **offset)
+    axes.set_xlabel("task accuracy, %; hollow: refuses harmless prompts more than before")
+    axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
+    n = len(next(iter(arms.values())).bits("harmful"))
+    axes.set_title(f"{tenant.title}; n = {n} prompts", fontsize=9)
+
+
+def draw_fifths(axes: Axes, found: Fifths) -> None:
+    """The lines of `by_fifth`."""
+    for (ranking, fifths), colour in zip(found.items(), cycle(_COLOURS)):
+        rates = [arm.refusal("harmful") for arm in fifths.values()]
+        y = [100 * rate.value for rate in rates]
+        below = [100 * (rate.value - rate.low) for rate in rates]
+        above = [100 * (rate.high - rate.value) for rate in rates]
+        style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.2}
+        axes.errorbar(list(fifths), y, yerr=[below, above], elinewidth=0.7, label=ranking, **style)
+        for n, arm in fifths.items():
+            seeds = [run.numbers["refused"]["harmful"] for run in arm.records]
+            marks = [100 * bits.count("1") / len(bits) for bits in seeds]
+            axes.plot([n + 0.06] * len(marks), marks, "_", color=colour, markersize=5)
+    axes.set_xticks(range(1, 6), ["riskiest", "2", "3", "4", "safest"])
+    axes.set_xlabel("fifth of the rows that is trained on")
+    axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
+    axes.set_ylim(0, 100)
+
+
+def draw_chain(axes: Axes, chain: Chain) -> None:
+    """The points of `by_tenant_of_chain`, and what the gate compares them with."""
+    pairs = [pair for kind in KINDS for pair in chain.of(kind)]
+    guarded = [(x, p.protected) for x, p in enumerate(pairs) if p.published]
+    bare = [(x, p.unprotected) for x, p in enumerate(pairs) if p.unprotected]
+    for points, marker, colour, label in (
+        (guarded, "o", "#009e73", "published with safeft"),
+        (bare, "X", "#d55e00", "published without"),
+    ):
+        y = [100 * refusals(record).value for _, record in points]
+        axes.plot([x for x, _ in points], y, marker, color=colour, markersize=5, label=label)
+    kept_out = [x for x, p in enumerate(pairs) if not p.published]
+    label = "rejected or withheld by safeft"
+    axes.plot(kept_out, [-5] * len(kept_out), "|", color="#333333", markersize=7, label=label)
+    before = 100 * chain.before.value
+    axes.axhline(before, color="#000000", linewidth=0.8, label="base model")
+    floor = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
+    axes.axhline(before - 100 * MAX_DROP, label="most that the gate lets go", **floor)
+    counts = [(kind, len(chain.of(kind))) for kind in KINDS if chain.of(kind)]
+    edges = list(accumulate((count for _, count in counts), initial=0))
+    for edge in edges[1:-1]:
+        axes.axvline(edge - 0.5, color="#bbbbbb", linewidth=0.6)
+    middles = [(low + high - 1) / 2 for low, high in pairwise(edges)]
+    axes.set_xticks(middles, [f"{kind} ({count})" for kind, count in counts])
+    axes.set_ylabel("harmful prompts refused, %")
+    axes.set_ylim(-10, 100)
+
+
+def _svg(
+    inches: tuple[float, float], draw: Callable[[Axes], None], *, legend_size: float = 7.0
+) -> bytes:
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
-        pairs = [pair for kind in KINDS for pair in chain.of(kind)]
-        guarded = [(x, p.protected) for x, p in enumerate(pairs) if p.published]
-        bare = [(x, p.unprotected) for x, p in enumerate(pairs) if p.unprotected]
-        for points, marker, colour, label in (
-            (guarded, "o", "#009e73", "published with safeft"),
-            (bare, "X", "#d55e00", "published without"),
-        ):
-            y = [100 * refusals(record).value for _, record in points]
-            axes.plot([x for x, _ in points], y, marker, color=colour, markersize=5, label=label)
-        kept_out = [x for x, p in enumerate(pairs) if not p.published]
-        label = "rejected or withheld by safeft"
-        axes.plot(kept_out, [-5] * len(kept_out), "|", color="#333333", markersize=7, label=label)
-        before = 100 * chain.before.value
-        axes.axhline(before, color="#000000", linewidth=0.8, label="base model")
-        floor = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
-        axes.axhline(before - 100 * MAX_DROP, label="most that the gate lets go", **floor)
-        counts = [(kind, len(chain.of(kind))) for kind in KINDS if chain.of(kind)]
-        edges = list(accumulate((count for _, count in counts), initial=0))
-        for edge in edges[1:-1]:
-            axes.axvline(edge - 0.5, color="#bbbbbb", linewidth=0.6)
-        middles = [(low + high - 1) / 2 for low, high in pairwise(edges)]
-        axes.set_xticks(middles, [f"{kind} ({count})" for kind, count in counts])
-        axes.set_ylabel("harmful prompts refused, %")
-        axes.set_ylim(-10, 100)
-        axes.grid(linewidth=0.3, axis="y")
-        figure.legend(loc="outside right upper", fontsize=7.0)
-        return _svg(figure)
-
-
-def _svg(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None}, facecolor="white")
+        draw(axes)
+        figure.legend(loc="outside right upper", fontsize=legend_size)
+        axes.grid(linewidth=0.3)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None}, facecolor="white")
     return file.getvalue()

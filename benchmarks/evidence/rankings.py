@@ -71,6 +71,16 @@ def mixed_rows(model: Any, tokenizer: Any, gsm8k: Path, progress: Progress) -> l
     return [Row(line, row.messages) for line, row in enumerate(rows, 1)]
 
 
+def places(mix: Mapping[str, int], count: int) -> dict[str, range]:
+    """Where the kinds of `count` rows of `mixed_rows` lie. Own answers, of which some are left out,
+    are one kind."""
+    found, start = {}, 0
+    for kind in ("gsm8k", "sorting", "support"):
+        found[kind] = range(start, start + mix[kind])
+        start += mix[kind]
+    return {**found, "own answers": range(start, count)}
+
+
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """As chat messages, a JSON object a line."""
     lines = [
