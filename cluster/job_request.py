@@ -142,12 +142,3 @@ def as_config(entry: str | dict[str, Any]) -> Any:
         field = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"constraints.{field}: {message}") from None
-
-
-def has_defaults(kind: str) -> bool:
-    """Whether a constraint's kind alone says all of it."""
-    try:
-        as_config(kind)
-    except ValueError:
-        return False
-    return True

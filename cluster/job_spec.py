@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.job_request import CreateJob, as_config, has_defaults
+from cluster.job_request import CreateJob, as_config
 from cluster.settings import BaseModelOffer
 from cluster.tenancy.tenants import Policy
 from jobs.policy import OnRisk
@@ -22,22 +22,24 @@ _RESTORE = RestoreSpec()
 
 def constraints_of(request: CreateJob, policy: Policy) -> list[Any]:
     """The constraints that a job is trained under: where it names none, those of the policy, and
-    those that the policy requires and that have defaults for all settings.
+    those that the policy requires.
 
     Raises:
-        InputError: it leaves out one that the tenant's policy requires.
+        InputError: it leaves out one that the tenant's policy requires, or sets it otherwise.
     """
     named = request.named_constraints()
     if named is None:
         kinds = dict.fromkeys((*policy.constraints, *policy.required_constraints))
-        configs = [as_config(kind) for kind in kinds if has_defaults(kind)]
+        configs = [as_config(kind) for kind in kinds]
     else:
         configs = named
-    found = {config.kind for config in configs}
-    if missing := [kind for kind in policy.required_constraints if kind not in found]:
-        raise InputError(
-            f"constraints: your policy requires {missing[0]}; add it to those of the method"
-        )
+    # With its defaults: a factor of zero or a single layer would be the kind in name only.
+    for kind in policy.required_constraints:
+        if as_config(kind) not in configs:
+            raise InputError(
+                f"constraints: your policy requires {kind} with its defaults; add it by its name "
+                "to those of the method"
+            )
     return configs
 
 

@@ -37,7 +37,8 @@ class Policy(BaseModel):
 
     Attributes:
         constraints: kinds, with defaults for all, that a job which names none is trained under.
-        required_constraints: kinds that a job may not leave out.
+        required_constraints: kinds, with defaults for all, that a job may neither leave out nor
+            set otherwise.
         require_own_rows: a job leaves it to us how many of the base model's own refusals and
             answers are added to its rows.
         min_refusal: the tuned model must refuse at least this share of harmful prompts.
@@ -53,7 +54,7 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     constraints: tuple[CompleteKind, ...] = ()
-    required_constraints: tuple[Kind, ...] = ()
+    required_constraints: tuple[CompleteKind, ...] = ()
     require_own_rows: bool = False
     min_refusal: Share | None = None
     max_over_refusal: Share | None = None

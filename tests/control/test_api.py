@@ -417,6 +417,12 @@ def test_a_policy_gives_the_constraints_and_may_require_some(lite: Api) -> None:
     assert [c["kind"] for c in named.method.supervised.constraints] == ["asft"]
     with pytest.raises(openai.BadRequestError, match="your policy requires asft"):
         submit(client)
+    # Neither is a constraint that does nothing the one that is required.
+    empty = {"type": "supervised", "supervised": {"constraints": [{"kind": "asft", "lam": 0}]}}
+    with pytest.raises(openai.BadRequestError, match="requires asft with its defaults"):
+        submit(client, method=empty)
+    beside = {"type": "supervised", "supervised": {"constraints": ["asft", {"kind": "l2"}]}}
+    assert len(submit(client, method=beside).method.supervised.constraints) == 2
     demanding = lite.tenant("ten_b", policy={"required_constraints": ["cwac", "asft"]})
     found = submit(demanding, method={"type": "supervised"}).method.supervised.constraints
     assert [c["kind"] for c in found] == ["cwac", "asft"]

@@ -243,6 +243,7 @@ def test_a_change_keeps_the_limits_and_the_demands_that_it_does_not_name(
         (Policy, {"constraints": ["cwca"]}),
         (Policy, {"constraints": ["frozen"]}),  # has a setting without a default
         (Policy, {"required_constraints": ["cwca"]}),
+        (Policy, {"required_constraints": ["frozen"]}),  # any layer would do
         (Policy, {"max_task_loss": float("inf")}),
         (Limits, {"max_gpu_seconds": float("inf")}),
         (Limits, {"requests_per_second": float("nan")}),
