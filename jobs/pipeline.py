@@ -6,7 +6,6 @@ so a job that stopped anywhere is started again with the same command and goes o
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +22,17 @@ from jobs.gate import Gate, safety_gate
 from jobs.intake import Screened, open_job, read_data, screen_data
 from jobs.own_rows import own_parts
 from jobs.policy import PolicyFile
+from jobs.publication import JOB_FILE, publish_measured
 from jobs.review import Decision, is_accepted, require_accepted
 from jobs.runtime import embedded_ray
 from jobs.spec import DataSpec, FinetuneSpec
 from jobs.training_rows import training_rows
 from jobs.verdict import Verdict
-from safeft.cache import publish_dir, write_whole
+from safeft.cache import write_whole
 from safeft.data import Row
 from safeft.progress import Progress, silent
 
-JOB_FILE, TRAINING, EVALUATION = "job.json", "training", "evaluation.json"
+TRAINING, EVALUATION = "training", "evaluation.json"
 
 
 class JobResult(BaseModel):
@@ -123,6 +123,7 @@ def train_job(
             model_dir=model_dir,
             profile=parts,
             output=spec.output / TRAINING,
+            file_sha256=data.train.sha256,
             progress=progress,
             on_step=on_step,
         )
@@ -157,10 +158,7 @@ def _judge(spec: FinetuneSpec, trained: Trained, progress: Progress) -> JobResul
         after=after,
         gate=gate,
     )
-    text = result.model_dump_json(indent=1)
-    if publish and not published.exists():
-        with publish_dir(published) as staging:
-            shutil.copytree(tuned.weights, staging, dirs_exist_ok=True)
-            (staging / JOB_FILE).write_text(text)
-    write_whole(spec.output / JOB_FILE, text)
+    if publish:
+        publish_measured(tuned.weights, published, after, weights=".", name=JOB_FILE, result=result)
+    write_whole(spec.output / JOB_FILE, result.model_dump_json(indent=1))
     return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,21 @@ from jobs.verdict import Verdict, decide
 from safeft.adapters import LoraFactors, stacked
 from safeft.cache import sha256_file
 from safeft.data import Message, Row, TokenisedRow, tokenise
-from safeft.errors import InputError, ProfileError, SafetyGateFailed, SpecError
+from safeft.errors import (
+    DatasetRejected,
+    InputError,
+    MeasurementError,
+    ProfileError,
+    SafetyGateFailed,
+    SpecError,
+)
 from safeft.evaluate import Rate
 from safeft.models import adapter_hash, load_adapter, load_merged, load_model, weights_hash
 from safeft.profile import SafetyProfile
 from safeft.prompts import load_prompts
 from safeft.reactivation_targets import load_targets
 from safeft.safereact import ReferenceConfig
+from safeft.screen_policy import ScreenPolicy
 from safeft.wanda import load_mask
 from tests.sharedray import SharedRay
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -98,7 +108,24 @@ def spec_file(tiny_dir: Path, tmp_path: Path, speech: Speech) -> Path:
     }
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(content))
+    write_record(tmp_path / "out", tmp_path / "out" / "training" / "adapter", tiny_dir)
     return file
+
+
+def write_record(where: Path, adapter: Path, model_dir: Path) -> None:
+    """What the job says of the adapter: that it was trained on the accepted rows of the spec."""
+    data = read_dataset(where.parent / "rows.jsonl", model_dir, 512)
+    bound = {"data_sha256": data.sha256, "rows_sha256": data.rows_sha256, "profile": "p"}
+    verdict = decide(scores(), ScreenPolicy(row_threshold=1.0), **bound)
+    after = evaluation(110, adapter=adapter)
+    record = {"verdict": verdict.model_dump(), "after": after.model_dump(), "status": "succeeded"}
+    (where / "job.json").write_text(json.dumps(record))
+
+
+def scores(last_two: float = 0.0) -> list[dict[str, Any]]:
+    """Of the six rows."""
+    by_row = [0.0] * 4 + [last_two] * 2
+    return [{"index": i, "line": i + 1, "score": s, "error": None} for i, s in enumerate(by_row)]
 
 
 def _tuned_adapter(model_dir: Path, out: Path, seed: int = 7) -> None:
@@ -178,6 +205,9 @@ def test_an_interrupted_restoration_goes_on_and_only_a_gate_that_passed_publishe
     # Another tuned adapter is another restoration.
     other = spec_file.parent / "other"
     _tuned_adapter(tiny_dir, other, seed=8)
+    with pytest.raises(InputError, match=r"other: no job\.json says which rows it was trained on"):
+        app(["restore", str(spec_file), "--adapter", str(other)], standalone_mode=False)
+    write_record(other, other, tiny_dir)
     with pytest.raises(SpecError, match="restoration of another tenant_adapter"):
         app(["restore", str(spec_file), "--adapter", str(other)], standalone_mode=False)
 
@@ -204,52 +234,106 @@ def assert_bound_and_stacks(spec_file: Path, model_dir: Path, published: Path) -
         assert not torch.allclose(on_top(ids).logits, tuned(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize(("score", "published"), [(0.0, True), (2.0, False)])
-def test_a_restoration_on_rejected_data_is_measured_but_not_published(
-    spec_file: Path,
-    tiny_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    score: float,
-    published: bool,
-) -> None:
-    spec_file.write_text(spec_file.read_text() + "screening: {scorers: 3, max_scorers: 5}\n")
+@dataclass
+class Stubs:
+    """A restoration without its training, of rows with these scores."""
+
+    output: Path
+    seen: dict[str, Any]
+    scored: list[dict[str, Any]]
+
+
+@pytest.fixture
+def stubs(spec_file: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Stubs:
     (spec_file.parent / "limits.yaml").write_text("row_threshold: 1.0\n")
-    scored = [{"index": i, "line": i + 1, "score": 0.0, "error": None} for i in range(6)]
-    scored[4]["score"] = scored[5]["score"] = score
-    output = spec_file.parent / "out" / "restoration"
-    seen: dict[str, Any] = {}
+    made = Stubs(spec_file.parent / "out" / "restoration", {}, scores())
 
     def screen(path: Path, **given: Any) -> tuple[Verdict, Path]:
-        seen.update(given)
+        made.seen.update(given)
         data = read_dataset(path, tiny_dir, given["max_tokens"])
         bound = {"data_sha256": data.sha256, "rows_sha256": data.rows_sha256, "profile": "p"}
-        return decide(scored, given["rules"].policy, **bound), path.parent
+        rules = given["rules"]
+        return decide(made.scored, rules.policy, rules.on_risk, **bound), path.parent
 
-    def train(*_: Any, domain: list[TokenisedRow], **__: Any) -> Restoration:
-        seen["domain"] = [row.line for row in domain]
-        (output / "candidate").mkdir(parents=True)
+    def train(*_: Any, domain: list[TokenisedRow], output: Path, **__: Any) -> Restoration:
+        made.seen["domain"] = [row.line for row in domain]
+        if not (output / "candidate").exists():
+            _tuned_adapter(tiny_dir, output / "candidate" / "stacked", seed=9)
         return Restoration.model_construct(name="tiny")
 
+    def measure(_: Path, adapter: Path, **__: Any) -> Evaluation:
+        return evaluation(110, task=0.5, adapter=adapter)
+
     monkeypatch.setattr("jobs.intake.screen", screen)
-    monkeypatch.setattr("jobs.restore.job.read_scores", lambda _: scored)
+    monkeypatch.setattr("jobs.restore.job.read_scores", lambda _: made.scored)
     monkeypatch.setattr("jobs.restore.job.embedded_ray", lambda _: nullcontext())
     monkeypatch.setattr("jobs.restore.job.restore", train)
-    monkeypatch.setattr("jobs.restore.job.evaluate", lambda *_, **__: evaluation(110, task=0.5))
+    monkeypatch.setattr("jobs.restore.job.evaluate", measure)
     monkeypatch.setattr("jobs.intake.baseline", lambda _: evaluation(110))
+    return made
 
+
+def run_restore(spec_file: Path, *more: str) -> int:
     limits = str(spec_file.parent / "limits.yaml")
-    assert not app(["restore", str(spec_file), "--policy", limits], standalone_mode=False)
-    assert (output / "restored").exists() == published
+    return app(["restore", str(spec_file), "--policy", limits, *more], standalone_mode=False) or 0
+
+
+def test_a_restoration_on_rejected_data_is_measured_but_not_published(
+    spec_file: Path, stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec_file.write_text(spec_file.read_text() + "screening: {scorers: 3, max_scorers: 5}\n")
+    assert run_restore(spec_file) == 0
+    assert (stubs.output / "restored" / "stacked").is_dir()
+    assert "not published" not in capsys.readouterr().out
+    # The tenant's screening settings hold here too.
+    assert (stubs.seen["scorers"], stubs.seen["max_scorers"]) == (3, 5)
+    assert stubs.seen["rules"].policy.row_threshold == 1.0
+    assert stubs.seen["domain"] == [1, 2, 3, 4, 5, 6]
+
+    shutil.rmtree(stubs.output)
+    stubs.scored = scores(last_two=2.0)
+    with pytest.raises(DatasetRejected, match=r"was not accepted \(2 of 6 rows"):
+        run_restore(spec_file)
+    assert not (stubs.output / "restored").exists()
     said = capsys.readouterr().out
-    assert ("not published, because the dataset was not accepted" in said) != published
-    result = json.loads((output / "restore.json").read_text())
-    assert result["verdict"]["verdict"] == ("accepted" if published else "rejected")
-    assert bool(result["published"]) == published
-    # The tenant's screening settings hold here too, and risky rows are not retained.
-    assert (seen["scorers"], seen["max_scorers"]) == (3, 5)
-    assert seen["rules"].policy.row_threshold == 1.0
-    assert seen["domain"] == ([1, 2, 3, 4, 5, 6] if published else [1, 2, 3, 4])
+    assert "not published, because the dataset was not accepted" in said
+    result = json.loads((stubs.output / "restore.json").read_text())
+    assert (result["verdict"]["verdict"], result["published"]) == ("rejected", None)
+    assert stubs.seen["domain"] == [1, 2, 3, 4]  # risky rows are not retained
+
+
+def test_an_adapter_of_other_rows_than_may_be_trained_on_now_is_not_restored(
+    spec_file: Path, stubs: Stubs
+) -> None:
+    rows = (spec_file.parent / "rows.jsonl").read_text()
+    (spec_file.parent / "rows.jsonl").write_text(rows.replace("number 5", "number 6"))
+    with pytest.raises(DatasetRejected, match="trained on other rows than screening lets"):
+        run_restore(spec_file)
+    (spec_file.parent / "rows.jsonl").write_text(rows)
+    # Two of its rows were set aside since.
+    stubs.scored = scores(last_two=2.0)
+    spec_file.write_text(spec_file.read_text() + "screening: {on_risk: drop}\n")
+    with pytest.raises(DatasetRejected, match="trained on other rows than screening lets"):
+        run_restore(spec_file)
+    assert not stubs.output.exists()
+
+
+def test_what_was_published_before_is_not_taken_for_what_was_measured_now(
+    spec_file: Path, tiny_dir: Path, stubs: Stubs
+) -> None:
+    assert run_restore(spec_file) == 0
+    published = stubs.output / "restored"
+    record = (published / "restore.json").read_text()
+    assert str(spec_file.parent) not in record and "I can't help" not in record
+    # A restored adapter is itself restored by its record.
+    again = str(spec_file.parent / "again")
+    more = ("--adapter", str(published / "stacked"), "--output", again)
+    assert run_restore(spec_file, *more) == 0
+
+    shutil.rmtree(stubs.output / "candidate")
+    _tuned_adapter(tiny_dir, stubs.output / "candidate" / "stacked", seed=10)
+    with pytest.raises(MeasurementError, match="restored holds other weights than those that were"):
+        run_restore(spec_file)
 
 
 @pytest.mark.parametrize("field", [{"adam_eps": 1e-6}, {"precision": "bf16"}, {"seed": 3}])
@@ -332,11 +416,14 @@ def test_what_is_missing_is_named_before_any_work(
         app(words, standalone_mode=False)
 
 
-def evaluation(harmful: int, borderline: int = 10, task: float | None = None) -> Evaluation:
+def evaluation(
+    harmful: int, borderline: int = 10, task: float | None = None, adapter: Path | None = None
+) -> Evaluation:
     rates = {"harmful": harmful, "benign": 3, "borderline": borderline}
     sets = {kind: {"refusal": Rate(hits, 120).to_dict()} for kind, hits in rates.items()}
     measured = None if task is None else {"loss": 1.0, "token_accuracy": {"value": task}}
-    return Evaluation(bound={}, refusals={"sets": sets}, task=measured, seconds=0.0)
+    bound = {"adapter": adapter_hash(adapter)} if adapter else {}
+    return Evaluation(bound=bound, refusals={"sets": sets}, task=measured, seconds=0.0)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,19 @@ from pathlib import Path
 
 from cluster.artifacts import put_file
 from cluster.artifacts.names import model_prefix
+from cluster.controller.gate import policy_gate
 from cluster.controller.judging import restored_result, tuned_result
 from cluster.controller.runner import Report, StageTask
 from cluster.controller.workspace import Workspace
 from cluster.provenance import PROVENANCE, Signed, SigningKey, Statement, checked_files
+from jobs.evaluation import Evaluation
 from jobs.finetune.manifest import read_manifest
-from jobs.restore.run import MANIFEST, RESULT, STACKED
+from jobs.publication import RESTORE_FILE
+from jobs.restore.run import MANIFEST, STACKED
 from jobs.verdict import Verdict
 from safeft import __version__
 from safeft.cache import sha256_file, write_whole
-from safeft.errors import MeasurementError
+from safeft.errors import MeasurementError, SafetyGateFailed
 
 _FACTS = ("validating", "training", "evaluating", "before_restoring", "restoring")
 
@@ -38,12 +41,19 @@ class _Product:
     kind: str
     base_weights: str
     verdict: Verdict
+    measured: Evaluation
 
 
 def publish(work: Workspace) -> Report:
-    """Sign what passed the gate and store it."""
+    """Sign what passed the gate and store it.
+
+    Raises:
+        SafetyGateFailed: other weights lie there than passed, or the policy has become stricter
+            than they are.
+    """
     task = work.task
     product = _restored(work) if work.restored else _tuned(work)
+    _require_passed(product.measured, task)
     staged = work.root / "published"
     if not staged.exists():
         partial = work.root / "publishing"
@@ -83,6 +93,19 @@ def publish(work: Workspace) -> Report:
     )
 
 
+def _require_passed(measured: Evaluation, task: StageTask) -> None:
+    """What is signed is what the stage `evaluating` reported, under the policy of now."""
+    if measured.bound["adapter"] != task.facts["evaluating"]["bound"]["adapter"]:
+        raise SafetyGateFailed(
+            "The weights that passed the safety gate are not there any more, and those that were "
+            "trained in their place are others; nothing is published: submit the job again"
+        )
+    if failures := policy_gate(measured, task.policy):
+        raise SafetyGateFailed(
+            f"The policy was changed: {'; '.join(failures)}; nothing is published"
+        )
+
+
 def _tuned(work: Workspace) -> _Product:
     result = tuned_result(work)
     source = _there(result.published)
@@ -93,6 +116,7 @@ def _tuned(work: Workspace) -> _Product:
         kind=result.manifest.kind,
         base_weights=result.manifest.identity.base_weights,
         verdict=result.verdict,
+        measured=result.after,
     )
 
 
@@ -103,11 +127,12 @@ def _restored(work: Workspace) -> _Product:
     files = result.manifest.files.items()
     return _Product(
         weights=source / STACKED,
-        beside=(source / MANIFEST, source.parent / RESULT),
+        beside=(source / MANIFEST, source / RESTORE_FILE),
         files={n.removeprefix(f"{STACKED}/"): d for n, d in files if n.startswith(f"{STACKED}/")},
         kind="adapter",
         base_weights=result.manifest.bound["base_weights"],
         verdict=result.verdict,
+        measured=result.after,
     )
 
 

@@ -84,7 +84,7 @@ class Manifest(_Record):
     Attributes:
         kind: a LoRA adapter of the base model, or a whole model.
         files: SHA-256 of every file beside this one.
-        file_sha256: of the training file as it was when the run ended; None: there was no file.
+        file_sha256: of the training file as it was when its rows were read; None: not said.
         final_loss: mean training loss of a label token over the last epoch.
         seconds: wall time of this run's last part (all of it where nothing interrupted it).
     """

@@ -74,6 +74,7 @@ def finetune(
     profile: ProfileFiles,
     output: Path,
     weights: Sequence[float] | None = None,
+    file_sha256: str | None = None,
     progress: Progress = silent,
     on_step: OnStep = unheard,
 ) -> FinetuneResult:
@@ -90,6 +91,7 @@ def finetune(
         profile: the parts of the base model's safety profile that the constraints need.
         weights: of each row, what its loss is multiplied with; each step's loss is then the
             weighted mean. None: all rows count alike.
+        file_sha256: of the file that the rows were read from, for the manifest.
         progress: told the phase and its seconds, and while training the step.
         on_step: told the metrics of each step that this call trains.
 
@@ -126,7 +128,7 @@ def finetune(
             started = time.perf_counter()
             result = run_workers(job, output, METRICS, progress, on_step)
             seconds = time.perf_counter() - started
-        return _publish(spec, identity, table, result, seconds, output)
+        return _publish(spec, identity, table, file_sha256, result, seconds, output)
 
 
 def _check_rows(spec: FinetuneSpec, rows: Sequence[TokenisedRow], table: RowTable) -> None:
@@ -184,6 +186,7 @@ def _publish(
     spec: FinetuneSpec,
     identity: Identity,
     table: RowTable,
+    file_sha256: str | None,
     result: Any,
     seconds: float,
     output: Path,
@@ -207,7 +210,7 @@ def _publish(
             identity=identity,
             kind=weights_kind(spec),
             files={file.name: sha256_file(file) for file in trained},
-            file_sha256=sha256_file(spec.data.train) if spec.data.train.is_file() else None,
+            file_sha256=file_sha256,
             rows=len(table.lengths),
             label_tokens=int(table.label_tokens.sum()),
             steps=len(steps),

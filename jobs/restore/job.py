@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ from jobs.finetune.telemetry import OnStep, unheard
 from jobs.intake import Opened, Screened, open_job, read_data, screen_data
 from jobs.pipeline import EVALUATION, TRAINING
 from jobs.policy import PolicyFile
+from jobs.publication import RESTORE_FILE, publish_measured, require_trained_on
 from jobs.restore.result import Restoration, RestoreResult, restoration_gate
-from jobs.restore.run import CANDIDATE, PARTS, PUBLISHED, RESULT, STACKED, restore
+from jobs.restore.run import CANDIDATE, PARTS, PUBLISHED, STACKED, restore
 from jobs.review import is_accepted
 from jobs.runtime import embedded_ray
 from jobs.spec import FinetuneSpec
 from jobs.verdict import known_score, read_scores
-from safeft.cache import publish_dir, write_whole
+from safeft.cache import write_whole
 from safeft.data import Row
 from safeft.errors import InputError
 from safeft.models.directory import is_whole_model
@@ -45,7 +45,9 @@ def restore_job(
         policy: an administrator's limits for this tenant, in place of the profile's.
 
     Raises:
-        InputError: there is no such adapter, or it is a whole model; no row is left.
+        InputError: there is no such adapter, it is a whole model, or nothing says what it was
+            trained on; no row is left.
+        DatasetRejected: it was trained on other rows than may be trained on now.
         ProfileError: the base model's safety profile lacks something; it says what makes it.
         TrainingError, ModelError, MeasurementError: the stage that failed.
     """
@@ -96,6 +98,7 @@ def train_restoration(
     data = read_data(spec, model_dir, progress)
     with embedded_ray(spec.distributed.address):
         found = screen_data(spec, opened, data.train, progress, screening)
+        require_trained_on(adapter, spec.output, found.verdict)
         limits = found.verdict.policy
         risky = [is_risky(known_score(one), limits) for one in read_scores(found.where)]
         manifest = restore(
@@ -136,14 +139,12 @@ def _judge(spec: FinetuneSpec, trained: TrainedRestoration, progress: Progress) 
     gate = restoration_gate(trained.opened.before, *measured)
     # As of the job itself: what comes of data that were not accepted is not published.
     publish = gate.passed and is_accepted(found.verdict, found.review)
-    if publish and not (output / PUBLISHED).exists():
-        with publish_dir(output / PUBLISHED) as staging:
-            shutil.copytree(output / CANDIDATE, staging, dirs_exist_ok=True)
+    candidate, published = output / CANDIDATE, output / PUBLISHED
     result = RestoreResult(
         name=spec.name,
         status="restored" if gate.passed else "gate_failed",
-        candidate=str(output / CANDIDATE),
-        published=str(output / PUBLISHED) if publish else None,
+        candidate=str(candidate),
+        published=str(published) if publish else None,
         verdict=found.verdict,
         review=found.review,
         manifest=trained.manifest,
@@ -152,5 +153,10 @@ def _judge(spec: FinetuneSpec, trained: TrainedRestoration, progress: Progress) 
         after=measured[1],
         gate=gate,
     )
-    write_whole(output / RESULT, result.model_dump_json(indent=1))
+    if publish:
+        after = result.after
+        publish_measured(
+            candidate, published, after, weights=STACKED, name=RESTORE_FILE, result=result
+        )
+    write_whole(output / RESTORE_FILE, result.model_dump_json(indent=1))
     return result

@@ -30,7 +30,7 @@ from safeft.stopped_forward import decoder_layers
 from safeft.weights import decoder_linears
 
 PARTS = ("refusals", "reference-mask", "reminder-states")
-CANDIDATE, PUBLISHED, RESULT = "candidate", "restored", "restore.json"
+CANDIDATE, PUBLISHED = "candidate", "restored"
 ADAPTER, STACKED, MANIFEST = "adapter", "stacked", "manifest.json"
 _PREPARED = "prepared"
 _TAKEN_OVER = {"adam_eps", "seed", "precision", "gradient_checkpointing"}

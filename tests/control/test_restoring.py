@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,33 @@ def test_what_is_published_after_a_restoration_is_the_restored_adapter_and_says_
     assert statement.model == "ft:tiny:acme:mine:1"
     assert statement.facts["before_restoring"]["passed"] is False
     assert statement.facts["evaluating"]["passed"] is True
+
+
+def test_a_policy_that_became_stricter_holds_for_what_waits_to_be_published(world: World) -> None:
+    world.refuses |= {"adapter": True}
+    passed = world.perform("evaluating")
+    assert passed.outcome == "done", passed.message
+    world.task = world.task.model_copy(update={"policy": Policy(max_task_loss=0.1)})
+    refused = world.perform("publishing", evaluating=passed.facts)
+    assert (refused.outcome, refused.code) == ("refused", "safety_gate_failed")
+    assert "The policy was changed: task loss: unknown" in refused.message
+    world.task = world.task.model_copy(update={"policy": Policy()})
+    assert world.perform("publishing").outcome == "done"
+
+
+def test_other_weights_than_those_that_passed_are_not_published(world: World) -> None:
+    world.refuses |= {"adapter": True}
+    passed = world.perform("evaluating")
+    output = world.settings.work / "ftjob-1" / "output"
+    shutil.rmtree(output)  # the disk was lost, and what is trained again differs
+    save_adapter(output / "training" / "adapter", seed=9)
+    adapter = output / "training" / "adapter"
+    base = Path(world.settings.base_models["tiny"].source)
+    (adapter / "manifest.json").write_text(_manifest(base, adapter).model_dump_json())
+    refused = world.perform("publishing", evaluating=passed.facts)
+    assert (refused.outcome, refused.code) == ("refused", "safety_gate_failed")
+    assert "those that were trained in their place are others" in refused.message
+    assert not (world.settings.work / "ftjob-1" / "published").exists()
 
 
 def test_a_restoration_that_did_not_help_tells_the_numbers_before_and_after(world: World) -> None:
