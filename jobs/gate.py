@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from jobs.evaluation import COMPARABLE, Evaluation
-from safeft.errors import ProfileError, SafetyGateFailed
+from jobs.verdict import Verdict
+from safeft.errors import DatasetRejected, ProfileError, SafetyGateFailed
 from safeft.evaluate import differ
 from safeft.profile import REBUILD, SafetyProfile
 
@@ -54,9 +55,23 @@ def safety_gate(before: Evaluation, after: Evaluation) -> Gate:
     return Gate(passed=True, reason=change)
 
 
-def require_passed(name: str, gate: Gate, after: str = "") -> None:
-    """Raise SafetyGateFailed unless the gate passed; ``after``: what it came after."""
+def require_published(
+    name: str, gate: Gate, published: str | None, verdict: Verdict, after: str = ""
+) -> None:
+    """Check that a job's or a restoration's result may be used.
+
+    Args:
+        after: what the gate came after, for the message.
+
+    Raises:
+        SafetyGateFailed: the gate failed.
+        DatasetRejected: it passed, but the dataset was not accepted.
+    """
     if not gate.passed:
         raise SafetyGateFailed(
             f"{name}: the safety gate failed{after}: {gate.reason}; nothing is published"
+        )
+    if published is None:
+        raise DatasetRejected(
+            f"{name}: the dataset was not accepted ({verdict.reason}); nothing is published"
         )

@@ -23,8 +23,8 @@ def finetune(
     """Screen a dataset, fine-tune on it under the spec's constraints, measure refusals.
 
     A job that was interrupted goes on when it is run again. Exit code 0: the result may be used.
-    3: the dataset was rejected. 4: the tuned model failed the safety gate. 5: the dataset waits
-    for a person's review.
+    3: the dataset was rejected, also where an override had it trained on. 4: the tuned model
+    failed the safety gate. 5: the dataset waits for a person's review.
     """
     from jobs.policy import read_policy
     from jobs.spec import load_spec
@@ -33,7 +33,7 @@ def finetune(
     limits = read_policy(policy) if policy else None
     # Seconds of imports, which a wrong spec need not wait for.
     from cluster.cli.evaluate import show_outcome
-    from jobs.gate import require_passed
+    from jobs.gate import require_published
     from jobs.pipeline import run_job
 
     if seed is not None:
@@ -45,4 +45,4 @@ def finetune(
     else:
         rows = {"before": result.before, spec.name: result.after}
         show_outcome(result, rows, result.manifest.kind)
-    require_passed(result.name, result.gate)
+    require_published(result.name, result.gate, result.published, result.verdict)

@@ -28,8 +28,9 @@ def restore(
 ) -> None:
     """Train an adapter that stacks on the tuned one and makes it refuse again (SafeReAct).
 
-    A restoration that was interrupted goes on when it is run again. Exit code 0: restored. 4: the
-    safety gate failed after restoration too.
+    A restoration that was interrupted goes on when it is run again. Exit code 0: restored. 3: the
+    dataset was not accepted, so nothing is published. 4: the safety gate failed after restoration
+    too.
     """
     from jobs.policy import read_policy
     from jobs.spec import load_spec
@@ -38,7 +39,7 @@ def restore(
     limits = read_policy(policy) if policy else None
     # Seconds of imports, which a wrong spec need not wait for.
     from cluster.cli.evaluate import show_outcome
-    from jobs.gate import require_passed
+    from jobs.gate import require_published
     from jobs.restore import restore_job
 
     with progress_bars() as progress:
@@ -48,4 +49,6 @@ def restore(
     else:
         rows = {"base model": result.base, "tuned": result.tuned, "restored": result.after}
         show_outcome(result, rows, "adapters")
-    require_passed(result.name, result.gate, " after restoration")
+    require_published(
+        result.name, result.gate, result.published, result.verdict, " after restoration"
+    )
