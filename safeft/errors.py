@@ -47,6 +47,10 @@ class DatasetRejected(SafeftError):
     exit_code = 3
 
 
+class ScreeningOutdated(InputError):
+    """A screening is of the same files, but by another profile, tokenisation or version."""
+
+
 class DatasetUnderReview(SafeftError):
     """Screening leaves the dataset to a person, who has not decided yet."""
 

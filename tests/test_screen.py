@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.intake import screen_file
 from jobs.verdict import Verdict, decide, read_scores
-from safeft.errors import InputError, MeasurementError, ProfileError
+from safeft.errors import InputError, MeasurementError, ProfileError, ScreeningOutdated
 from safeft.models import load_model, load_tokenizer
 from safeft.profile import SafetyProfile
 from safeft.screen_policy import ScreenPolicy
@@ -143,6 +143,21 @@ def test_an_output_that_holds_the_screening_of_other_data_is_left_alone(
     data = write_rows(tmp_path / "rows.jsonl", 3)
     with pytest.raises(InputError, match="other data"):
         screen_file(data, model=str(tiny_dir), output=tmp_path / "taken")
+
+
+def test_a_screening_by_another_profile_is_told_from_one_of_other_data(
+    tiny_dir: Path, profile: SafetyProfile, tmp_path: Path
+) -> None:
+    data, output = write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "out"
+    screen_file(data, model=str(tiny_dir), output=output)
+    record = profile.root / "calibration" / "policy.json"
+    record.write_text(record.read_text().replace("0.03", "0.04"))
+    profile.write_record(record.parent, {})
+    with pytest.raises(ScreeningOutdated, match="remove it and screen again"):
+        screen_file(data, model=str(tiny_dir), output=output)
+    write_rows(data, 4)
+    with pytest.raises(InputError, match="other data"):
+        screen_file(data, model=str(tiny_dir), output=output)
 
 
 def test_without_a_profile_screening_fails_closed_and_names_the_command(

@@ -7,6 +7,7 @@ killed is run again and finds what it had finished.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 
 from cluster.artifacts import ArtifactMissing, ArtifactUnavailable
@@ -28,6 +29,7 @@ from safeft.errors import (
     ProfileError,
     SafeftError,
     SafetyGateFailed,
+    ScreeningOutdated,
     SpecError,
 )
 from safeft.models import resolve
@@ -54,7 +56,7 @@ def perform(task: StageTask, progress: Progress, watch: Watch | None = None) -> 
         watch: gathers what the stage measures.
     """
     try:
-        report = WORK[task.stage](Workspace(task, progress, watch or Watch()))
+        report = _done(task, progress, watch or Watch())
         # No number that is none: neither PostgreSQL nor a client's JSON has a place for it.
         json.dumps(report.facts, allow_nan=False)
         return report
@@ -67,6 +69,17 @@ def perform(task: StageTask, progress: Progress, watch: Watch | None = None) -> 
                 "submit the job again"
             )
         return _failed(error, text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...")
+
+
+def _done(task: StageTask, progress: Progress, watch: Watch) -> Report:
+    work = Workspace(task, progress, watch)
+    try:
+        return WORK[task.stage](work)
+    except ScreeningOutdated:
+        # The profile was rebuilt or safeft upgraded since: the rows are scored by those of now. An
+        # administrator's yes was to the verdict of before, and is asked for again.
+        shutil.rmtree(work.screening)
+        return WORK[task.stage](Workspace(task, progress, watch))
 
 
 def _failed(error: Exception, message: str) -> Report:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from jobs.screening.scan import ROWS_PER_BLOCK, Scan
 from jobs.verdict import FORMAT
 from safeft import __version__
-from safeft.errors import InputError
+from safeft.errors import InputError, ScreeningOutdated
 
 RECORD = "screening.json"
 
@@ -67,7 +67,15 @@ def require_same(directory: Path, binding: Binding) -> None:
     """Check that `directory` holds the finished screening of exactly this.
 
     Raises:
+        ScreeningOutdated: it holds that of these files by another profile or version.
         InputError: it holds something else.
     """
-    if read_binding(directory) != binding:
-        raise InputError(f"{directory} holds the screening of other data; choose another output")
+    found = read_binding(directory)
+    if found == binding:
+        return
+    if found is not None and found.files == binding.files:
+        raise ScreeningOutdated(
+            f"{directory} holds the screening of these files by another profile, tokenisation or "
+            "version of safeft; remove it and screen again"
+        )
+    raise InputError(f"{directory} holds the screening of other data; choose another output")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.artifacts import ArtifactMissing, ArtifactUnavailable
+from cluster.controller.runner import Report
 from cluster.controller.work import WORK, perform
 from safeft.errors import (
     DatasetRejected,
@@ -17,6 +18,7 @@ from safeft.errors import (
     ModelError,
     ProfileError,
     RowErrors,
+    ScreeningOutdated,
     SpecError,
     TrainingError,
 )
@@ -53,6 +55,24 @@ def test_each_error_has_its_consequence(
     monkeypatch.setitem(WORK, "training", fail)
     report = perform(stage_task(tmp_path), silent)
     assert (report.outcome, report.code) == (outcome, code)
+
+
+def test_a_screening_by_an_earlier_profile_is_made_anew_and_not_held_against_the_tenant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def train(job: Any) -> Report:
+        tries.append(job.screening.exists())
+        if job.screening.exists():
+            raise ScreeningOutdated("by another profile")
+        return Report("done")
+
+    monkeypatch.setitem(WORK, "training", train)
+    task = stage_task(tmp_path)
+    (task.settings.work / task.job / "screening").mkdir(parents=True)
+    assert perform(task, silent).outcome == "done"
+    assert tries == [True, False]
 
 
 def test_a_tenant_reads_no_path_of_the_server(
