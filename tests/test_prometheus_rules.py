@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -135,10 +136,36 @@ def test_runbooks_ask_for_metrics_and_commands_that_there_are(page: Path) -> Non
         known = {option for parameter in command.params for option in parameter.opts}
         used = set(re.findall(r"--[a-z-]+", rest.partition("#")[0]))
         assert used <= known, f"safeft {words}{rest}"
+        given, takes = _arguments(command, rest), _takes(command)
+        assert len(given) <= takes, f"safeft {words}{rest}"
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:deploy|docs|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def _takes(command: Any) -> int:
+    return sum(parameter.param_type_name == "argument" for parameter in command.params)
+
+
+def _arguments(command: Any, rest: str) -> list[str]:
+    """What is no option and no option's value."""
+    flags = {name for p in command.params if getattr(p, "is_flag", False) for name in p.opts}
+    given, words = [], iter(shlex.split(rest, comments=True))
+    for word in words:
+        if not word.startswith("-"):
+            given.append(word)
+        elif word not in flags:
+            next(words, None)
+    return given
+
+
+def test_an_argument_that_a_command_does_not_take_is_noticed() -> None:
+    commands: Any = typer.main.get_command(app)
+    evaluate, models = commands.commands["evaluate"], commands.commands["models"]
+    assert _arguments(evaluate, "MODEL") == ["MODEL"] and _takes(evaluate) == 0
+    assert _arguments(evaluate, "--model SOURCE --json  # the base model") == []
+    assert _takes(models.commands["add"]) == len(_arguments(models.commands["add"], "M DIR")) == 2
 
 
 def _code(text: str) -> list[str]:

@@ -7,8 +7,10 @@ killed is run again and finds what it had finished.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster.artifacts import ArtifactMissing, ArtifactUnavailable
 from cluster.controller.judging import evaluate, restore
@@ -20,7 +22,7 @@ from cluster.tenancy.cost import expected
 from jobs.intake import read_dataset, screen_file
 from jobs.pipeline import train_job
 from jobs.verdict import iter_scores, known_score
-from safeft.cache import is_disk_full
+from safeft.cache import cache_root, is_disk_full
 from safeft.errors import (
     DatasetRejected,
     DatasetUnderReview,
@@ -61,8 +63,7 @@ def perform(task: StageTask, progress: Progress, watch: Watch | None = None) -> 
         json.dumps(report.facts, allow_nan=False)
         return report
     except Exception as error:  # noqa: BLE001  (reported; the controller decides)
-        # A tenant reads this: where the working directory lies is none of its business.
-        text = str(error).replace(f"{task.settings.work / task.job}/", "")
+        text = _placeless(str(error), task)
         if isinstance(error, DatasetUnderReview):
             text = (
                 "The dataset was reviewed under another policy or profile than there is now; "
@@ -80,6 +81,24 @@ def _done(task: StageTask, progress: Progress, watch: Watch) -> Report:
         # administrator's yes was to the verdict of before, and is asked for again.
         shutil.rmtree(work.screening)
         return WORK[task.stage](Workspace(task, progress, watch))
+
+
+def _placeless(text: str, task: StageTask) -> str:
+    """A tenant reads this: where things lie on the operator's machines is none of its business."""
+    settings, offer = task.settings, task.settings.base_models.get(task.base_model)
+    places = {
+        f"{settings.work / task.job}/": "",
+        str(Path(settings.artifacts_url.removeprefix("file://"))): "artifacts",
+        str(settings.home.absolute()): "home",
+        str(cache_root()): "cache",
+    }
+    if offer is not None:
+        places[str(Path(os.path.expanduser(offer.source)).absolute())] = task.base_model
+        if offer.profile is not None:
+            places[str(offer.profile)] = "profile"
+    for place in sorted(places, key=len, reverse=True):  # some lie in others
+        text = text.replace(place, places[place])
+    return text
 
 
 def _failed(error: Exception, message: str) -> Report:

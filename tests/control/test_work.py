@@ -10,6 +10,7 @@ import pytest
 from cluster.artifacts import ArtifactMissing, ArtifactUnavailable
 from cluster.controller.runner import Report
 from cluster.controller.work import WORK, perform
+from cluster.settings import BaseModelOffer, Settings
 from safeft.errors import (
     DatasetRejected,
     DatasetUnderReview,
@@ -85,3 +86,45 @@ def test_a_tenant_reads_no_path_of_the_server(
     report = perform(stage_task(tmp_path), silent)
     assert report.message.startswith("training-file: line 3, messages: is empty")
     assert str(tmp_path) not in report.message and len(report.message) < 2100
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("{home}/work/ftjob-1/training-file", "training-file"),
+        ("{home}/signing-key.pem", "home/signing-key.pem"),
+        ("{store}/objects/a", "artifacts/objects/a"),
+        ("{home}/cache/profiles/1/calibration", "cache/profiles/1/calibration"),
+        ("{base}/config.json", "tiny/config.json"),
+        ("{profile}/record.json", "profile/record.json"),
+    ],
+)
+@pytest.mark.parametrize("own_store", [False, True])
+def test_a_tenant_reads_names_for_the_places_of_the_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, named: str, own_store: bool
+) -> None:
+    home = tmp_path / "home"
+    base, profile = tmp_path / "models" / "base", tmp_path / "profiles" / "base"
+    store = tmp_path / "store" if own_store else home / "artifacts"
+    task = stage_task(home)
+    settings = Settings(
+        home=home,
+        artifacts=f"file://{store}/" if own_store else None,
+        base_models={"tiny": BaseModelOffer(source=str(base), profile=profile)},
+    )
+    task = task.model_copy(update={"settings": settings})
+    path = place.format(home=home, store=store, base=base, profile=profile)
+
+    def fail(job: Any) -> Any:
+        raise MeasurementError(f"{path}: cannot be read")
+
+    monkeypatch.setenv("SAFEFT_CACHE", str(home / "cache"))
+    monkeypatch.setitem(WORK, "training", fail)
+    assert perform(task, silent).message == f"{named}: cannot be read"
+
+
+def test_where_a_store_lies_that_cannot_be_used_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").write_text("no directory")
+    report = perform(stage_task(tmp_path), silent)
+    assert report.outcome == "unavailable"
+    assert report.message == "the artifact directory artifacts: Not a directory"
