@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -311,6 +312,17 @@ def test_all_rows_are_tokenised_and_all_bad_ones_reported() -> None:
     assert steps[-1] == ("tokenising", 300, 300)
     with pytest.raises(RowErrors, match=r"^mine\.jsonl: 2 bad rows\n  line 3, messages\[0\]"):
         tokenise_all([good, bad[0], good, bad[1]], tokenizer, 99, "mine.jsonl")
+
+
+def test_a_dataset_of_more_tokens_than_memory_is_kept_for_is_refused_at_the_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, one = tiny_tokenizer(), row("user: u", "assistant: a", line=7)
+    each = len(tokenise(one, tokenizer, 99).input_ids)
+    monkeypatch.setattr(sys.modules[tokenise_all.__module__], "MOST_TOKENS", 2 * each)
+    assert len(tokenise_all([one] * 2, tokenizer, 99, "f")) == 2
+    with pytest.raises(InputError, match=r"f: more than .* tokens \(at line 7\)"):
+        tokenise_all([one] * 3, tokenizer, 99, "f")
 
 
 def test_a_prompt_is_the_beginning_of_the_row_it_was_taken_from() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+#: Of a dataset that is trained on: some 5 GiB as the lists that they are held in.
+MOST_TOKENS = 100_000_000
 _REPORT_EVERY = 256
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -65,9 +67,14 @@ def tokenise_all(
     source: str,
     progress: Progress = silent,
 ) -> list[TokenisedRow]:
-    """`tokenise` for every row, in order; RowErrors names `source` and every bad row."""
+    """`tokenise` for every row, in order.
+
+    Raises:
+        RowErrors: names `source` and every bad row.
+        InputError: the rows have more than `MOST_TOKENS` tokens, which memory is not kept for.
+    """
     done: list[TokenisedRow] = []
-    problems = Problems(source)
+    problems, tokens = Problems(source), 0
     for i, row in enumerate(rows):
         if i % _REPORT_EVERY == 0:
             progress("tokenising", i, len(rows))
@@ -75,6 +82,13 @@ def tokenise_all(
             done.append(_tokenise(row, tokenizer, max_tokens))
         except FieldError as err:
             problems.add(err.on(row.line))
+            continue
+        tokens += len(done[-1].input_ids)
+        if tokens > MOST_TOKENS:
+            raise InputError(
+                f"{source}: more than {MOST_TOKENS:,} tokens (at line {row.line}); train on fewer "
+                "rows"
+            )
     progress("tokenising", len(rows), len(rows))
     problems.check()
     return done
