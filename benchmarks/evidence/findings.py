@@ -111,7 +111,9 @@ def chain_section(chain: Chain | None, image: str) -> str:
     return "\n\n".join(
         [
             f"{head} The base model refuses {rate(chain.before)}. {len(chain.pairs)} of "
-            f"{planned} tenants have run; what follows is about these.",
+            f"{planned} tenants have run; what follows is about these. As long as some have not, "
+            "or not unprotected where they are compared with that, no bar is met, and none missed "
+            "but the first.",
             f"![Refusals by tenant]({image})",
             table(header, rows),
             table(("asked", "", "found"), asked),
