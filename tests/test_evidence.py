@@ -149,6 +149,42 @@ def test_cells_that_the_results_have_are_not_run_again_on_another_machine(
     assert world.ran == ["cell-0", "cell-1", "cell-1"]
 
 
+def test_results_that_others_wrote_meanwhile_are_kept_with_what_failed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, few = tmp_path / "results.json", grid(1, 2, 3)
+    world = World()
+    world.failing = {"cell-2"}
+
+    def there(*arguments: str) -> None:
+        CliRunner().invoke(cli.app, ["--output", str(tmp_path / "there"), *arguments])
+
+    def here(cell: Cell, directory: Path, progress: Progress) -> dict[str, Any]:
+        monkeypatch.setattr(cli, "_executor", lambda *_: world)
+        there("--only", "*cell-[12]", "--json", str(results))
+        return world(cell, directory, progress)
+
+    monkeypatch.setattr(cli, "grid", lambda: few)
+    monkeypatch.setattr(cli, "_executor", lambda *_: here)
+    arguments = ["--output", str(tmp_path / "here"), "--only", "*cell-0", "--json", str(results)]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    assert world.ran == ["cell-1", "cell-2", "cell-0"]
+    found = Results.read(results)
+    assert [one.name for one in found.cells] == ["cell-0", "cell-1"]
+    assert found.failed == {"cell-2": "RuntimeError: it broke"}
+    listing = ["--output", str(tmp_path / "new"), "--list", "--json", str(results)]
+    listed = CliRunner().invoke(cli.app, listing)
+    assert listed.exit_code == 0 and listed.output.count("finished") == 2
+    assert listed.output.count("failed") == 1 and Results.read(results) == found
+    world.failing.clear()  # what failed is run again, and is then no failure any more
+    there("--json", str(results))
+    assert len(Results.read(results).cells) == 3 and not Results.read(results).failed
+    monkeypatch.setattr(cli, "grid", lambda: grid(1, 2, 4))
+    found.write(results)
+    CliRunner().invoke(cli.app, listing)  # of another setting with the same name
+    assert Results.read(results).failed == {}
+
+
 def test_what_another_runner_has_in_hand_is_left_to_it(tmp_path: Path) -> None:
     world, store, few = World(), Store(tmp_path), grid(1, 1)
 
@@ -649,6 +685,9 @@ def test_cells_are_trained_and_measured_and_give_the_same_numbers_when_run_again
     monkeypatch.setattr(cli, "_executor", lambda *_: lambda *_: {**base, "task": None})
     differs = CliRunner().invoke(cli.app, ["rerun", str(directory)])
     assert differs.exit_code == 1 and "differs in: task" in differs.output
+    monkeypatch.setattr(cli, "_executor", lambda *_: lambda *_: {**base, "new": 1})
+    more = CliRunner().invoke(cli.app, ["rerun", str(directory)])
+    assert more.exit_code == 0 and "the same numbers" in more.output
     listed = CliRunner().invoke(cli.app, ["--output", str(output), "--list"])
     assert listed.output.count("finished") == 2 and "2 cells" in listed.output
 

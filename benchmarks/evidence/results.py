@@ -70,6 +70,11 @@ class Results(BaseModel):
     def write(self, path: Path) -> None:
         write_whole(path, self.model_dump_json(indent=1) + "\n")
 
+    def given_to(self, store: Store, grid: Sequence[Cell]) -> None:
+        """Let a store count what of the grid is finished or failed here."""
+        failed = [(one, self.failed[one.name]) for one in self.waiting if one.name in self.failed]
+        store.take_over(grid, self.cells, failed)
+
 
 @dataclass(frozen=True)
 class Tenant:
