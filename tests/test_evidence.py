@@ -7,8 +7,10 @@ import json
 import math
 import operator
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -42,6 +44,7 @@ from safeft.profile import SafetyProfile
 from safeft.progress import Progress, silent
 from safeft.prompts import KINDS, Kind, compared, load_prompts, prompt_set_hash
 from safeft.reference_rows import BUILD_OPENINGS, CALIBRATION_OPENINGS
+from tests.dependencies import pins
 from tests.tiny import save_tiny
 from tests.tinyprofile import write_profile
 
@@ -217,7 +220,9 @@ def test_only_takes_globs_of_names_and_paths() -> None:
     assert chosen(few, [few[4].path]) == [few[4]] and chosen(few, []) == few
 
 
-def test_the_grid_reads_back_and_measures_finals_where_nothing_was_chosen(tmp_path: Path) -> None:
+def test_the_grid_reads_back_and_measures_sweeps_and_finals_on_prompts_of_their_own(
+    tmp_path: Path,
+) -> None:
     every, store = whole_grid(), Store(tmp_path)
     assert len({one.path for one in every}) == len(every)
     for one in every:
@@ -574,10 +579,29 @@ def test_the_page_says_what_was_measured_and_what_was_not(tmp_path: Path) -> Non
 
 def test_the_page_in_the_repository_is_the_one_that_its_results_give() -> None:
     text, images = render(Results.read(cli.RESULTS))
-    assert (cli.ROOT / "docs" / "evidence.md").read_text(encoding="utf-8") == text
+    docs = cli.ROOT / "docs"
+    assert (docs / "evidence.md").read_text(encoding="utf-8") == text
+    assert {path.name for path in docs.glob("images/evidence-*.svg")} == set(images)
+    pinned, _ = pins((cli.ROOT / "constraints.txt").read_text())
+    drawn_alike = str(pinned["matplotlib"]) == version("matplotlib")
     for name, content in images.items():
-        path = cli.ROOT / "docs" / "images" / name
-        assert path.is_file() and len(content) < 150_000
+        committed = (docs / "images" / name).read_bytes()
+        assert len(content) < 150_000
+        if drawn_alike:
+            assert committed == content, name
+        else:  # another version may place things otherwise
+            assert words_of(committed) == words_of(content), name
+
+
+def words_of(svg: bytes) -> list[str]:
+    found = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    return ["".join(text.itertext()) for text in found]
+
+
+def test_the_words_of_a_picture_are_its_labels() -> None:
+    _, images = render(results(*GOOD))
+    (picture,) = images.values()
+    assert "1  before" in words_of(picture) and "task accuracy" in " ".join(words_of(picture))
 
 
 def test_plots_of_what_there_was_earlier_are_removed(tmp_path: Path) -> None:
