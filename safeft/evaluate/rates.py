@@ -54,7 +54,7 @@ class Rate:
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """The ends of the 95 % Wilson interval, in [0, 1]; `hits` of `n` > 0 may be a mean over runs."""
+    """The ends of the 95 % Wilson interval, in [0, 1]; `hits` of n > 0 may be a mean over runs."""
     centre = (hits + _Z**2 / 2) / (n + _Z**2)
     half_width = _Z * math.sqrt(hits * (n - hits) / n + _Z**2 / 4) / (n + _Z**2)
     low = 0.0 if hits == 0 else min(hits / n, centre - half_width)
