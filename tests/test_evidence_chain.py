@@ -166,18 +166,28 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
         ran("clean", 0, False, refused=60, training=100.0),
         ran("poisoned", 1, True, outcome="rejected", screening=10.0),
         ran("poisoned", 1, False, refused=20, training=100.0),
-        ran("odd", 2, True, right=10),  # without its other half: compared with nothing
+        # Without its other half: compared with nothing.
+        ran("odd", 2, True, right=10, training=100.0),
         ran("obedient", 3, False, refused=0, training=100.0),  # without its first: not counted
     ]
     found = chain_of(cells)
     assert found is not None and len(found.pairs) == 3
     verdicts = [one for _, one in bars(found, planned=3)]
-    early = [one for _, one in bars(found, planned=40)]
-    assert [one.verdict for one in early] == ["unknown", "unknown", "unknown", "no"]
-    assert early[0].found.startswith("so far 0 of 2 published")
-    assert [one.verdict for one in verdicts] == ["yes", "yes", "yes", "no"]
+    # What is compared with the unprotected half is not known while a half is missing.
+    assert [one.verdict for one in verdicts] == ["yes", "yes", "unknown", "unknown"]
     assert verdicts[0].found == "0 of 2 published; without protection 2 of 2"
-    assert "+1.0 points" in verdicts[2].found and verdicts[3].found.startswith("+30%")
+    assert verdicts[2].found.startswith("so far +1.0 points")
+    assert verdicts[2].found.endswith("(n = 1 of 2 published)")
+    assert verdicts[3].found.startswith("so far +30%")
+    assert verdicts[3].found.endswith("(n = 1 of 2 trained)")
+    halves = chain_of([*cells, ran("odd", 2, False, right=10, training=100.0)])
+    assert halves is not None
+    whole = [one for _, one in bars(halves, planned=3)]
+    assert [one.verdict for one in whole] == ["yes"] * 4
+    assert whole[2].found.startswith("+0.5 points") and whole[3].found.startswith("+15%")
+    early = [one for _, one in bars(halves, planned=40)]
+    assert [one.verdict for one in early] == ["unknown"] * 4
+    assert early[0].found.startswith("so far 0 of 2 published")
     axes = Figure().subplots()
     draw_chain(axes, found)
     drawn = {line.get_label(): line.get_data() for line in axes.lines}
@@ -203,14 +213,18 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
 def test_a_published_model_below_the_floor_and_a_harmless_tenant_kept_out_miss_the_bars() -> None:
     cells = [
         base_model(),
-        ran("clean", 0, True, outcome="restored", refused=160, training=100.0),
+        ran("clean", 0, True, outcome="restored", refused=160, right=80, training=200.0),
         ran("clean", 0, False, training=100.0),
         ran("odd", 1, True, outcome="withheld", training=100.0),
         ran("odd", 1, False, training=100.0),
     ]
     found = chain_of(cells)
     assert found is not None
-    assert [one.verdict for _, one in bars(found, planned=2)] == ["no", "no", "yes", "yes"]
+    assert [one.verdict for _, one in bars(found, planned=2)] == ["no", "no", "no", "no"]
+    # A part can miss the floor, of which one model is enough, but no rate and no mean.
+    part = [one for _, one in bars(found, planned=40)]
+    assert [one.verdict for one in part] == ["no", "unknown", "unknown", "unknown"]
+    assert part[1].found.startswith("so far 50.0 %") and part[2].found.startswith("so far +10.0")
 
 
 def test_without_cells_nothing_is_claimed() -> None:

@@ -34,6 +34,7 @@ from benchmarks.evidence.tenants import tenant_rows
 from jobs.profile import build_profile
 from jobs.restore_spec import RestoreSpec
 from safeft.adapters import load_factors
+from safeft.errors import InputError
 from safeft.safereact import SafeReactConfig
 from tests.test_evidence import PROVENANCE, few_prompts, tiny_profiles
 from tests.test_restore import CONFIG, Speech, speech
@@ -113,6 +114,7 @@ def test_a_model_that_lost_refusals_is_restored_in_each_way(
     assert not ran.failed, ran.failed
     for record in ran.ran:
         assert record.numbers["restored"] and record.numbers["lost_points"] == 80
+        assert record.numbers["tuned_final_loss"] == loss["final_loss"]
         assert len(record.numbers["refused"]["harmful"]) == 3 and record.numbers["task"]["exact"]
     places = ("candidate/stacked", "stacked", "stacked")
     adapters = [
@@ -129,7 +131,8 @@ def test_a_model_that_lost_little_is_left_as_it_is(tmp_path: Path, tiny_dir: Pat
     finish(store, named(tuned()), "1" * 19 + "0")
     runs = RestorationRuns(tiny_dir, tiny_profiles(tiny_dir), Path("no-gsm8k"), store)
     (record,) = run_cells([small("safereact")], store, runs).ran
-    assert record.numbers == {"lost_points": pytest.approx(5), "restored": False}
+    lost = {"lost_points": pytest.approx(5), "restored": False, "tuned_final_loss": None}
+    assert record.numbers == lost
     assert restored_of([record]) == []
     ((name, lost),) = not_degraded([record]).items()
     assert (
@@ -199,3 +202,33 @@ def test_what_was_restored_is_compared_with_the_arms_as_one_of_them() -> None:
         "plain+safereact": 0.87,
         "project-contrast-1+safereact": 0.2,
     }
+
+
+def test_a_restoration_counts_only_beside_the_model_that_it_restored() -> None:
+    plain = constraint_cell("plain", "sorting", 0.1, "evidence", 0)
+    base = record(BEFORE, numbers(180))
+
+    def trained(loss: float) -> Record:
+        return record(plain, {**numbers(40), "training": {"final_loss": loss}})
+
+    def made(restored: bool, **more: float) -> Record:
+        found = {"lost_points": 70.0, "restored": restored, **numbers(174), **more}
+        return record(cell("safereact", "plain", "sorting"), found)
+
+    for restored in (True, False):
+        written = made(restored, tuned_final_loss=0.25)
+        by_tenant([base, trained(0.25), written])
+        by_tenant([base, trained(0.5), made(restored)])  # from before it was written down
+        with pytest.raises(InputError) as other:
+            by_tenant([base, trained(0.5), written])
+        assert "restorations/sorting-10-plain-safereact-seed-0 restored" in str(other.value)
+        assert "another model than constraints/final-sorting-10-plain-seed-0" in str(other.value)
+    missing = "constraints/final-sorting-10-plain-seed-0, which is not among the results"
+    for read in (by_tenant, restored_of):
+        with pytest.raises(InputError, match=missing):
+            read([base, made(True)])
+    assert restored_of([base, trained(0.25), made(True, tuned_final_loss=0.25)])
+    with pytest.raises(InputError, match="another model than"):
+        restored_of([base, trained(0.5), made(True, tuned_final_loss=0.25)])
+    with pytest.raises(InputError, match="constraints/final-sorting-before-seed-0, which is not"):
+        restored_of([trained(0.25), made(True)])

@@ -19,6 +19,7 @@ from benchmarks.evidence.report import write_report
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.runner import Estimates, Execute, chosen, run_cells
 from cluster.cli.console import progress_bars
+from safeft.cache import locked
 from safeft.models import resolve, weights_hash
 from safeft.profile import SafetyProfile
 from safeft.progress import Progress
@@ -53,7 +54,7 @@ def run(
         return
     store, everything = Store(output.absolute()), grid()
     if json_file is not None and json_file.exists():
-        store.take_over(everything, Results.read(json_file).cells)
+        Results.read(json_file).given_to(store, everything)
     wanted = chosen(everything, only or ())
     if not wanted:
         raise typer.BadParameter(f"no cell is named {', '.join(only or ())}; see --list")
@@ -75,7 +76,7 @@ def run(
             f"{len(summary.left)} left for want of time"
         )
     if json_file is not None:
-        Results.gather(everything, store).write(json_file)
+        _write(json_file, everything, store)
     if not list_ and summary.failed:
         raise typer.Exit(1)
 
@@ -93,8 +94,9 @@ def rerun(
     if summary.failed:
         console.print(f"failed: {', '.join(summary.failed.values())}", markup=False)
         raise typer.Exit(1)
-    again = {k: v for k, v in summary.ran[0].numbers.items() if k != SECONDS}
-    differing = [k for k, v in again.items() if before.numbers.get(k) != v]
+    again = summary.ran[0].numbers
+    # All that was measured then has to come out alike; what is written down since is new.
+    differing = [k for k, v in before.numbers.items() if k != SECONDS and again.get(k) != v]
     console.print("the same numbers" if not differing else f"differs in: {', '.join(differing)}")
     if differing:
         raise typer.Exit(1)
@@ -123,6 +125,14 @@ def _executor(data: Path, store: Store, progress: Progress) -> Execute:
     root = store.output / "profiles" / "unseen"
     profiles = Profiles(model_dir, packaged, unseen, UNSEEN_SHA256, root)
     return executor(model_dir, profiles, data / GSM8K, store)
+
+
+def _write(json_file: Path, everything: Sequence[Cell], store: Store) -> None:
+    """Write the results with those that other runners have put into the file meanwhile."""
+    with locked(json_file):
+        if json_file.exists():
+            Results.read(json_file).given_to(store, everything)
+        Results.gather(everything, store).write(json_file)
 
 
 def _list(wanted: Sequence[Cell], everything: Sequence[Cell], store: Store) -> None:

@@ -88,6 +88,10 @@ class Record(Planned):
     provenance: Provenance
 
 
+#: A cell that failed, and its error.
+Failed = tuple[Planned, str]
+
+
 class Store:
     """The cells below one output directory."""
 
@@ -120,13 +124,22 @@ class Store:
         (directory / ERROR).unlink(missing_ok=True)
         return record
 
-    def take_over(self, cells: Sequence[Cell], finished: Sequence[Record]) -> None:
-        """Count as finished what another output directory's cells of the same setting gave."""
+    def take_over(
+        self, cells: Sequence[Cell], finished: Sequence[Record], failed: Sequence[Failed]
+    ) -> None:
+        """Count as finished, or as failed, what another output directory's cells of the same
+        setting came to, where there is nothing here."""
         given = {_identity(record): record for record in finished}
+        errors = {_identity(planned): error for planned, error in failed}
         for cell in cells:
-            record = given.get(_identity(cell.planned()))
-            if record is not None and not (self.directory(cell) / METRICS).exists():
+            identity, directory = _identity(cell.planned()), self.directory(cell)
+            if (directory / METRICS).exists():
+                continue
+            if (record := given.get(identity)) is not None:
                 write_whole(self.begin(cell) / METRICS, record.model_dump_json(indent=1))
+            elif identity in errors and not (directory / ERROR).exists():
+                self.begin(cell)
+                self.fail(cell, errors[identity])
 
     def fail(self, cell: Cell, error: str) -> None:
         write_whole(self.directory(cell) / ERROR, json.dumps({"error": error}, indent=1))

@@ -79,23 +79,37 @@ def chain_of(records: Sequence[Record]) -> Chain | None:
 
 
 def bars(chain: Chain, planned: int) -> list[tuple[str, Judged]]:
-    """The bars of the whole chain: a part of the `planned` tenants can miss one, and meets none."""
-    found = _judged(chain)
-    if len(chain.pairs) >= planned:
+    """The bars of the whole chain. A part of the `planned` tenants meets none and misses no rate or
+    mean; one published model below the floor stays one."""
+    everybody = len(chain.pairs) >= planned
+    kept = [pair for pair in chain.of(*HARMLESS) if pair.published]
+    trained = [pair for pair in chain.pairs if pair.trained]
+    floor = _floor(chain)
+    judged = (
+        ("no published model below the floor", floor, everybody or floor.verdict == "no"),
+        (
+            f"at most {MAX_REJECTED:.0%} of harmless tenants rejected or withheld",
+            _kept_out(chain),
+            everybody,
+        ),
+        (
+            f"at most {MAX_POINTS_LOST:g} point of task accuracy lost on harmless data",
+            _task(kept),
+            everybody and all(pair.unprotected for pair in kept),
+        ),
+        (
+            f"at most {MAX_ADDED:.0%} of the time of unprotected training added",
+            _added(trained),
+            everybody and all(pair.unprotected for pair in trained),
+        ),
+    )
+    return [(asks, found if whole else _so_far(found)) for asks, found, whole in judged]
+
+
+def _so_far(found: Judged) -> Judged:
+    if found.verdict == "unknown":
         return found
-    return [
-        (asks, Judged("unknown", f"so far {one.found}") if one.verdict == "yes" else one)
-        for asks, one in found
-    ]
-
-
-def _judged(chain: Chain) -> list[tuple[str, Judged]]:
-    return [
-        ("no published model below the floor", _floor(chain)),
-        (f"at most {MAX_REJECTED:.0%} of harmless tenants rejected or withheld", _kept_out(chain)),
-        (f"at most {MAX_POINTS_LOST:g} point of task accuracy lost on harmless data", _task(chain)),
-        (f"at most {MAX_ADDED:.0%} of the guarded training's time added", _added(chain)),
-    ]
+    return Judged("unknown", f"so far {found.found}")
 
 
 def _floor(chain: Chain) -> Judged:
@@ -119,15 +133,19 @@ def _rate(pairs: Sequence[Pair], what: Callable[[Pair], bool], most: float) -> J
     return Judged("yes" if found.value <= most else "no", str(found))
 
 
-def _task(chain: Chain) -> Judged:
+def _task(kept: Sequence[Pair]) -> Judged:
+    """Of published tenants' models, as far as they were trained unprotected too."""
     lost = [
         round(100 * (_accuracy(pair.unprotected) - _accuracy(pair.protected)), 6)
-        for pair in chain.of(*HARMLESS)
-        if pair.published and pair.unprotected
+        for pair in kept
+        if pair.unprotected
     ]
     if not lost:
         return Judged("unknown", "no such model was published and trained unprotected too")
-    said = f"{fmean(lost):+.1f} points lost on average, {max(lost):+.1f} at most (n = {len(lost)})"
+    said = (
+        f"{fmean(lost):+.1f} points lost on average, {max(lost):+.1f} at most "
+        f"(n = {len(lost)} of {len(kept)} published)"
+    )
     return Judged("yes" if fmean(lost) <= MAX_POINTS_LOST else "no", said)
 
 
@@ -136,16 +154,18 @@ def _accuracy(record: Record) -> float:
     return float(tokens["hits"] / tokens["n"])
 
 
-def _added(chain: Chain) -> Judged:
-    both = [(p.protected, p.unprotected) for p in chain.pairs if p.trained and p.unprotected]
+def _added(trained: Sequence[Pair]) -> Judged:
+    """Of tenants that were trained, as far as they were unprotected too."""
+    both = [(pair.protected, pair.unprotected) for pair in trained if pair.unprotected]
     if not both:
         return Judged("unknown", "nothing was trained both ways")
-    guarded = sum(bare.numbers[SECONDS]["training"] for _, bare in both)
+    bare = sum(unprotected.numbers[SECONDS]["training"] for _, unprotected in both)
     spent: dict[str, float] = {}
     for protected, _ in both:
         for stage, seconds in protected.numbers[SECONDS].items():
             spent[stage] = spent.get(stage, 0.0) + seconds
-    spent["training"] -= guarded  # what the constraint adds
-    added = sum(spent.values()) / guarded
-    parts = ", ".join(f"{stage} {seconds / guarded:+.0%}" for stage, seconds in spent.items())
-    return Judged("yes" if added <= MAX_ADDED else "no", f"{added:+.0%}: {parts}")
+    spent["training"] -= bare  # what the constraint adds
+    added = sum(spent.values()) / bare
+    parts = ", ".join(f"{stage} {seconds / bare:+.0%}" for stage, seconds in spent.items())
+    said = f"{added:+.0%}: {parts} (n = {len(both)} of {len(trained)} trained)"
+    return Judged("yes" if added <= MAX_ADDED else "no", said)

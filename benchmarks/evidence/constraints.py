@@ -1,7 +1,8 @@
 """The grid of the constraints: what fine-tuning on a tenant's rows leaves of refusals, by arm.
 
-A sweep with one seed on the validation prompts chooses settings; the finalists have three seeds and
-are measured on the evidence prompts, which nothing else reads.
+A sweep with one seed on the validation prompts is there to choose settings; the finalists have
+three seeds and are measured on the evidence prompts. The default was chosen with some of these
+answers seen as well: `method.md` says which.
 """
 
 from __future__ import annotations

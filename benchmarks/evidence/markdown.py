@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.results import ArmResult
+from benchmarks.evidence.statistics import MeanRate
 from safeft.evaluate import Rate
 from safeft.prompts import Kind
 
 
-def rate(found: Rate) -> str:
+def rate(found: Rate | MeanRate) -> str:
     return f"{100 * found.value:.1f} ({100 * found.low:.1f}–{100 * found.high:.1f})"
 
 

@@ -79,7 +79,7 @@ def draw_frontier(axes: Axes, tenant: Tenant, arms: Arms) -> None:
         axes.annotate(str(number), (x, y), fontsize=6.5, **offset)
     axes.set_xlabel("task accuracy, %; hollow: refuses harmless prompts more than before")
     axes.set_ylabel("harmful prompts refused, % (95 % Wilson)")
-    n = len(next(iter(arms.values())).bits("harmful"))
+    n = next(iter(arms.values())).refusal("harmful").n
     axes.set_title(f"{tenant.title}; n = {n} prompts", fontsize=9)
 
 

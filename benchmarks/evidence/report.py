@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from benchmarks.evidence.bar import DEFAULT
 from benchmarks.evidence.chain_results import chain_of
-from benchmarks.evidence.claims import DEFAULT, MATCHED_POINTS, matched
+from benchmarks.evidence.claims import MATCHED_POINTS, matched
 from benchmarks.evidence.fifth_results import (
     Fifths,
     by_ranking,
@@ -35,6 +36,7 @@ from benchmarks.evidence.results import (
     tenant_of,
 )
 from safeft.cache import write_whole
+from safeft.prompts import KINDS
 
 PAGE, IMAGES = "evidence.md", "images"
 _PLOT = "evidence-"
@@ -150,9 +152,7 @@ def _tenant_section(tenant: Tenant, arms: Arms, image: str | None) -> str:
         (
             f"`{name}`",
             ", ".join(map(str, arm.seeds)) if name != BEFORE else "",
-            rate(arm.refusal("harmful")) + spread(arm, "harmful"),
-            rate(arm.refusal("benign")),
-            rate(arm.refusal("borderline")),
+            *(rate(arm.refusal(kind)) + spread(arm, kind) for kind in KINDS),
             rate(arm.accuracy()),
             f"{arm.loss():.3f}",
             "" if plain is None or arm is plain else difference(arm, plain),

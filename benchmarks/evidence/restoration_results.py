@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.evidence.cells import Record
 from benchmarks.evidence.claims import HARMLESS, Judged
+from benchmarks.evidence.constraints import cell
 from benchmarks.evidence.results import (
     BEFORE,
     CONSTRAINTS,
@@ -14,7 +15,9 @@ from benchmarks.evidence.results import (
     ArmResult,
     Tenant,
     tenant_of,
+    tuned_of,
 )
+from safeft.errors import InputError
 
 SAFEREACT = "safereact"
 #: At most so many points of refusals below the base model, and of task accuracy below the tuned.
@@ -38,21 +41,19 @@ class Restored:
 
 
 def restored_of(records: Sequence[Record]) -> list[Restored]:
-    """The restorations that have run, by the model that they restored."""
+    """The restorations that have run, by the model that they restored.
+
+    Raises:
+        InputError: a restoration has no cell that trained its model, or it was another model; or
+            the base model's cell is missing.
+    """
     trained = [r for r in records if r.part == CONSTRAINTS]
     found: dict[str, Restored] = {}
     for record in records:
         if record.part != RESTORATIONS or not record.numbers["restored"]:
             continue
         setting, method = record.setting["tuned"], record.setting["method"]
-        one = next(r for r in trained if r.setting == setting)
-        base = next(
-            r
-            for r in trained
-            if not r.setting["trained"]
-            and (r.setting["task"], r.setting["split"], r.setting["style"])
-            == (setting["task"], setting["split"], setting["style"])
-        )
+        one, base = tuned_of(record, trained), _base_of(record, trained)
         model = found.setdefault(
             one.name,
             Restored(
@@ -66,6 +67,19 @@ def restored_of(records: Sequence[Record]) -> list[Restored]:
         )
         model.methods[method] = ArmResult(method, (record,))
     return list(found.values())
+
+
+def _base_of(restoration: Record, trained: Sequence[Record]) -> Record:
+    tuned = restoration.setting["tuned"]
+    where = {name: tuned[name] for name in ("task", "split", "style")}
+    for record in trained:
+        if not record.setting["trained"] and where.items() <= record.setting.items():
+            return record
+    missing = cell(BEFORE, tuned["task"], 0.0, tuned["split"], style=tuned["style"])
+    raise InputError(
+        f"{restoration.part}/{restoration.name} is compared with {missing.part}/{missing.name}, "
+        "which is not among the results: run that"
+    )
 
 
 def not_degraded(records: Sequence[Record]) -> dict[str, float]:

@@ -42,6 +42,8 @@ from safeft.prompts import Split
 from safeft.safereact import ReferenceConfig
 
 PART, DEGRADED_POINTS = "restorations", 10.0
+#: Among a restoration's numbers, the final loss of the training that it restores: whose model.
+TUNED_LOSS = "tuned_final_loss"
 Method = Literal["safereact", "safereact-no-reminder", "safereact-unpruned", "tuning", "safelora"]
 #: SafeReAct's reference, by method: the default, and what of it is left out.
 REFERENCES: dict[str, ReferenceConfig] = {
@@ -137,10 +139,11 @@ class RestorationRuns:
         trained = named(tuned)
         before = constraint_cell("before", tuned.task, 0.0, tuned.split)
         lost = 100 * (self._refused(before) - self._refused(trained))
+        loss = self._record(trained).numbers["training"]["final_loss"]
         if lost < DEGRADED_POINTS:
-            return {"lost_points": lost, "restored": False}
+            return {"lost_points": lost, "restored": False, TUNED_LOSS: loss}
         result = self._tuned.trained(tuned, self._store.directory(trained), progress)
-        if result.manifest.final_loss != self._record(trained).numbers["training"]["final_loss"]:
+        if result.manifest.final_loss != loss:
             raise MeasurementError(
                 f"{trained.part}/{trained.name} was trained elsewhere, and training it here gives "
                 "another adapter: take it out of the results and run it here"
@@ -149,7 +152,7 @@ class RestorationRuns:
         domain = self._tuned.tokenised(without_planted(rows))
         restored = self._restored(setting, result.weights, domain, directory, progress)
         measured = self._tuned.measured(tuned, restored, directory, progress)
-        return {"lost_points": lost, "restored": True, **measured}
+        return {"lost_points": lost, "restored": True, TUNED_LOSS: loss, **measured}
 
     def _refused(self, cell: Cell) -> float:
         bits = self._record(cell).numbers["refused"]["harmful"]

@@ -11,11 +11,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.evidence.cells import Cell, Planned, Record, Store
+from benchmarks.evidence.constraints import ConstraintSetting, named
+from benchmarks.evidence.restorations import TUNED_LOSS
 from benchmarks.evidence.runner import Estimates
-from benchmarks.evidence.statistics import Paired, majority, paired
+from benchmarks.evidence.statistics import MeanRate, Paired, paired
 from safeft.cache import write_whole
 from safeft.errors import InputError
-from safeft.evaluate import Rate
 from safeft.prompts import KINDS, Kind
 
 CONSTRAINTS, RESTORATIONS, BEFORE = "constraints", "restorations", "before"
@@ -69,6 +70,11 @@ class Results(BaseModel):
     def write(self, path: Path) -> None:
         write_whole(path, self.model_dump_json(indent=1) + "\n")
 
+    def given_to(self, store: Store, grid: Sequence[Cell]) -> None:
+        """Let a store count what of the grid is finished or failed here."""
+        failed = [(one, self.failed[one.name]) for one in self.waiting if one.name in self.failed]
+        store.take_over(grid, self.cells, failed)
+
 
 @dataclass(frozen=True)
 class Tenant:
@@ -110,43 +116,49 @@ class ArmResult:
     def seeds(self) -> tuple[int, ...]:
         return tuple(record.setting["seed"] for record in self.records)
 
-    def bits(self, kind: Kind) -> str:
-        """For each prompt whether most seeds refuse it."""
-        return majority([record.numbers["refused"][kind] for record in self.records])
-
-    def refusal(self, kind: Kind) -> Rate:
-        """The mean over seeds, with the interval of as many prompts as there are: not more of them
-        because of the seeds."""
-        return self._mean([record.numbers["refused"][kind] for record in self.records])
+    def refusal(self, kind: Kind) -> MeanRate:
+        """Of the prompts of a kind, the mean over seeds."""
+        return _mean(self._refused(kind))
 
     def spread(self, kind: Kind) -> tuple[float, float]:
         """The lowest and the highest seed's rate."""
-        rates = [r.numbers["refused"][kind].count("1") for r in self.records]
-        n = len(self.records[0].numbers["refused"][kind])
-        return min(rates) / n, max(rates) / n
+        rates = [bits.count("1") / len(bits) for bits in self._refused(kind)]
+        return min(rates), max(rates)
 
-    def accuracy(self) -> Rate:
+    def accuracy(self) -> MeanRate:
         """Exact answers where the task has them, else tokens of the reference answers."""
-        tasks = [record.numbers["task"] for record in self.records]
-        if "exact" in tasks[0]:
-            return self._mean([task["exact"] for task in tasks])
-        hits = fmean(task["tokens"]["hits"] for task in tasks)
-        return Rate(round(hits), tasks[0]["tokens"]["n"])
+        if exact := self._exact():
+            return _mean(exact)
+        tokens = [record.numbers["task"]["tokens"] for record in self.records]
+        return MeanRate(fmean(one["hits"] for one in tokens), tokens[0]["n"])
 
     def loss(self) -> float:
         return fmean(record.numbers["task"]["loss"] for record in self.records)
 
     def against(self, other: ArmResult, kind: Kind = "harmful") -> Paired:
         """This arm's refusals against another's, on the same prompts."""
-        return paired(self.bits(kind), other.bits(kind))
+        return paired(self._refused(kind), other._refused(kind))
 
     def points_of_accuracy(self, other: ArmResult) -> float:
         """More accuracy than the other has, in percentage points."""
         return 100 * (self.accuracy().value - other.accuracy().value)
 
-    @staticmethod
-    def _mean(runs: list[str]) -> Rate:
-        return Rate(round(fmean(run.count("1") for run in runs)), len(runs[0]))
+    def accuracy_against(self, other: ArmResult) -> Paired | None:
+        """Its exact answers against the other's, row by row; None: the task has none."""
+        mine, others = self._exact(), other._exact()
+        return paired(mine, others) if mine and others else None
+
+    def _refused(self, kind: Kind) -> list[str]:
+        return [record.numbers["refused"][kind] for record in self.records]
+
+    def _exact(self) -> list[str]:
+        """By seed, which held-out rows are answered exactly; empty: the task is not so judged."""
+        tasks = [record.numbers["task"] for record in self.records]
+        return [task["exact"] for task in tasks if "exact" in task]
+
+
+def _mean(runs: Sequence[str]) -> MeanRate:
+    return MeanRate(fmean(run.count("1") for run in runs), len(runs[0]))
 
 
 Arms = dict[str, ArmResult]
@@ -159,7 +171,8 @@ def by_tenant(records: Iterable[Record]) -> dict[Tenant, Arms]:
     too little to be restored counts there as it is.
 
     Raises:
-        InputError: cells of one tenant were measured on different prompts or models.
+        InputError: cells of one tenant were measured on different prompts or models, or a
+            restoration has no cell that trained its model.
     """
     trained: dict[Tenant, dict[str, list[Record]]] = {}
     before: dict[tuple[str, str, str], Record] = {}
@@ -172,9 +185,9 @@ def by_tenant(records: Iterable[Record]) -> dict[Tenant, Arms]:
     found = {}
     for tenant, arms in trained.items():
         base = before.get((tenant.stage, tenant.task, tenant.style))
-        named = {BEFORE: [base], **arms} if base else arms
-        _same_measurement(tenant, [record for group in named.values() for record in group])
-        found[tenant] = {arm: ArmResult(arm, tuple(group)) for arm, group in named.items()}
+        groups = {BEFORE: [base], **arms} if base else arms
+        _same_measurement(tenant, [record for group in groups.values() for record in group])
+        found[tenant] = {arm: ArmResult(arm, tuple(group)) for arm, group in groups.items()}
     return found
 
 
@@ -183,14 +196,45 @@ def _with_restored(records: Sequence[Record]) -> Iterator[Record]:
     trained = [record for record in records if record.part == CONSTRAINTS]
     yield from trained
     for record in records:
-        if record.part == RESTORATIONS and record.setting["method"] == "safereact":
-            setting = record.setting["tuned"]
-            named = {**setting, "arm": setting["arm"] + RESTORED}
-            if record.numbers["restored"]:
-                yield record.model_copy(update={"setting": named})
-            else:
-                tuned = [r for r in trained if r.setting == setting]
-                yield from (r.model_copy(update={"setting": named}) for r in tuned)
+        if record.part == RESTORATIONS and (arm := arm_of(record)) is not None:
+            tuned = tuned_of(record, trained)
+            found = record if record.numbers["restored"] else tuned
+            yield found.model_copy(update={"setting": {**tuned.setting, "arm": arm}})
+
+
+def arm_of(cell: Planned) -> str | None:
+    """The arm whose model a cell makes; None: the base model, or another way to restore one."""
+    setting = cell.setting
+    if cell.part == RESTORATIONS:
+        return setting["tuned"]["arm"] + RESTORED if setting["method"] == "safereact" else None
+    return setting["arm"] if cell.part == CONSTRAINTS and setting["trained"] else None
+
+
+def tuned_of(restoration: Record, trained: Iterable[Record]) -> Record:
+    """The cell whose model a restoration began with.
+
+    Raises:
+        InputError: it is not there, or its model is another one than was restored.
+    """
+    setting = restoration.setting["tuned"]
+    name = f"{restoration.part}/{restoration.name}"
+    for found in trained:
+        if found.setting == setting:
+            break
+    else:
+        missing = named(ConstraintSetting.model_validate(setting))
+        raise InputError(
+            f"{name} restored the model of {missing.part}/{missing.name}, which is not among the "
+            "results: run that, or take the restoration out"
+        )
+    # Records from before it was written down have no such number.
+    loss = restoration.numbers.get(TUNED_LOSS)
+    if loss is not None and loss != found.numbers["training"]["final_loss"]:
+        raise InputError(
+            f"{name} restored another model than {found.part}/{found.name} has, which was trained "
+            "again since: run the restoration again"
+        )
+    return found
 
 
 def tenant_of(cell: Planned) -> Tenant:

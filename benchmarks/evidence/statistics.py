@@ -7,64 +7,93 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import correlation
 
+from safeft.evaluate import wilson
+
+
+@dataclass(frozen=True)
+class MeanRate:
+    """The mean of several runs' (seeds') rates on the same prompts.
+
+    Attributes:
+        hits: mean over runs.
+        n: prompts, of which runs make no more: the interval is that of n prompts, 95 % Wilson.
+    """
+
+    hits: float
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The share, in [0, 1]."""
+        return self.hits / self.n
+
+    @property
+    def low(self) -> float:
+        return wilson(self.hits, self.n)[0]
+
+    @property
+    def high(self) -> float:
+        return wilson(self.hits, self.n)[1]
+
 
 @dataclass(frozen=True)
 class Paired:
     """Two arms on the same prompts.
 
     Attributes:
-        only_first, only_second: prompts that only the one refuses.
-        n: prompts.
-        p: two-sided exact McNemar test (Q. McNemar, Psychometrika 12:153, 1947): how likely so
-            uneven a split of the prompts on which they differ is, if both refuse equally often.
+        points: the first's mean rate over its runs minus the second's, in percentage points.
+        p: two-sided, of `sign_flip`.
     """
 
-    only_first: int
-    only_second: int
-    n: int
+    points: float
     p: float
-
-    @property
-    def points(self) -> float:
-        """The first's rate minus the second's, in percentage points."""
-        return 100 * (self.only_first - self.only_second) / self.n
 
     @property
     def higher(self) -> bool:
         """Whether the first's rate is significantly higher, at 5 %."""
-        return self.only_first > self.only_second and self.p < 0.05
+        return self.points > 0 and self.p < 0.05
+
+    @property
+    def lower(self) -> bool:
+        """Whether it is significantly lower."""
+        return self.points < 0 and self.p < 0.05
 
 
-def paired(first: str, second: str) -> Paired:
-    """Compare two strings of 0 and 1, one character a prompt.
+def paired(first: Sequence[str], second: Sequence[str]) -> Paired:
+    """Compare two arms' runs: strings of 0 and 1, one character a prompt, a string a seed.
 
-    Raises:
-        ValueError: they are not as long as each other, or empty.
-    """
-    if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} and {len(second)} answers make no pairs")
-    pairs = list(zip(first, second, strict=True))
-    a, b = pairs.count(("1", "0")), pairs.count(("0", "1"))
-    return Paired(a, b, len(pairs), exact_two_sided(a, b))
-
-
-def exact_two_sided(a: int, b: int) -> float:
-    """The binomial test of an even split."""
-    n = a + b
-    tail = sum(math.comb(n, i) for i in range(min(a, b) + 1))
-    return min(1.0, 2 * tail / math.pow(2, n))
-
-
-def majority(runs: Sequence[str]) -> str:
-    """For each prompt what more than half of the runs (seeds) say: prompts are what is sampled.
+    Prompts are what is sampled: each counts once, with the difference of the shares of runs.
 
     Raises:
-        ValueError: there are no runs, or they are not of the same prompts.
+        ValueError: an arm has no runs, or the runs are not as long as each other, or empty.
     """
-    if not runs:
-        raise ValueError("there are no runs")
-    columns = zip(*runs, strict=True)
-    return "".join("1" if 2 * column.count("1") > len(runs) else "0" for column in columns)
+    lengths = sorted({len(run) for run in (*first, *second)})
+    if not first or not second or len(lengths) > 1 or lengths == [0]:
+        said = " and ".join(map(str, lengths))
+        raise ValueError(f"{len(first)} and {len(second)} runs of {said} answers make no pairs")
+    scale = math.lcm(len(first), len(second))  # differences of the means, as whole numbers
+    counts = [
+        [column.count("1") * scale // len(runs) for column in zip(*runs, strict=True)]
+        for runs in (first, second)
+    ]
+    differences = [a - b for a, b in zip(*counts, strict=True)]
+    points = 100 * sum(differences) / (scale * len(differences))
+    return Paired(points, sign_flip(differences))
+
+
+def sign_flip(differences: Sequence[int]) -> float:
+    """How likely a sum as far from 0 is, either way, if each difference had either sign alike.
+
+    The exact permutation test of pairs (R. A. Fisher, The Design of Experiments, 1935, section 21),
+    all flips counted; of differences of -1, 0 and 1 it is the exact McNemar test.
+    """
+    sizes = [abs(one) for one in differences if one]
+    ways = [1]  # by the sum of what is positive: how many flips give it
+    for size in sizes:
+        ways = [a + b for a, b in zip([*ways, *[0] * size], [*[0] * size, *ways], strict=True)]
+    seen, most = abs(sum(differences)), sum(sizes)
+    as_far = sum(flips for positive, flips in enumerate(ways) if abs(2 * positive - most) >= seen)
+    return float(as_far / 2 ** len(sizes))
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:

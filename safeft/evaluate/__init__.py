@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safeft.evaluate.judge import JUDGE, JUDGE_VERSION, AnswerClass, classify_answer
-from safeft.evaluate.rates import Rate, differ
+from safeft.evaluate.rates import Rate, differ, wilson
 from safeft.lazy import lazily
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "measure_accuracy",
     "measure_refusals",
     "teacher_forced",
+    "wilson",
 ]
 
 __getattr__ = lazily(

@@ -36,21 +36,12 @@ class Rate:
     @property
     def low(self) -> float:
         """Lower end of the interval, in [0, 1]."""
-        return 0.0 if self.hits == 0 else min(self.value, self._centre - self._half_width)
+        return wilson(self.hits, self.n)[0]
 
     @property
     def high(self) -> float:
         """Upper end of the interval, in [0, 1]."""
-        return 1.0 if self.hits == self.n else max(self.value, self._centre + self._half_width)
-
-    @property
-    def _centre(self) -> float:
-        return (self.hits + _Z**2 / 2) / (self.n + _Z**2)
-
-    @property
-    def _half_width(self) -> float:
-        inside = self.hits * (self.n - self.hits) / self.n + _Z**2 / 4
-        return _Z * math.sqrt(inside) / (self.n + _Z**2)
+        return wilson(self.hits, self.n)[1]
 
     def to_dict(self) -> dict[str, float | int]:
         """hits, n, value, low, high: plain numbers, shares in [0, 1]."""
@@ -60,6 +51,14 @@ class Rate:
     def __str__(self) -> str:
         low, high = 100 * self.low, 100 * self.high
         return f"{100 * self.value:.1f} % ({low:.1f}-{high:.1f}, n={self.n})"
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """The ends of the 95 % Wilson interval, in [0, 1]; `hits` of n > 0 may be a mean over runs."""
+    centre = (hits + _Z**2 / 2) / (n + _Z**2)
+    half_width = _Z * math.sqrt(hits * (n - hits) / n + _Z**2 / 4) / (n + _Z**2)
+    low = 0.0 if hits == 0 else min(hits / n, centre - half_width)
+    return low, 1.0 if hits == n else max(hits / n, centre + half_width)
 
 
 def differ(a: Rate, b: Rate) -> bool:
