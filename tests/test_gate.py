@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,75 @@ def test_the_way_through_restoration_back_to_healthy(healthy: World) -> None:
     assert healthy.ask("acme/bot", NEW) is State.healthy
     assert healthy.admission().weights == NEW
     assert [r.weights for r in healthy.gate.versions("acme/bot")] == [NEW]
+
+
+def bad_round(world: World) -> None:
+    assert world.ask("acme/bot", GOOD, refuses=0.0) is State.quarantined
+
+
+def by_hand(world: World) -> None:
+    world.gate.quarantine("acme/bot", "ann", "reported by a user")
+
+
+def while_restored(world: World) -> None:
+    bad_round(world)
+    world.gate.restoration_started("acme/bot", "controller", "job ft-1")
+
+
+@pytest.mark.parametrize("fall", [bad_round, by_hand, while_restored])
+def test_to_be_removed_and_registered_again_does_not_end_a_quarantine(
+    healthy: World, fall: Callable[[World], None]
+) -> None:
+    fall(healthy)
+    for _ in range(2):  # however often
+        healthy.gate.retire("acme/bot", "ann", "nobody needs it")
+        healthy.restart()
+        record = healthy.gate.register("acme/bot", GOOD, POLICY)
+        assert (record.state, record.condemned) == (State.quarantined, True)
+    for _ in range(60):
+        healthy.gate.answered("acme/bot", GOOD, "harmful", AnswerClass.refused)
+        healthy.gate.answered("acme/bot", GOOD, "benign", AnswerClass.complied)
+    assert healthy.admission().code == "safety_quarantined"
+    assert healthy.admission().reason.count("quarantined before it left") == 1
+    healthy.gate.release("acme/bot", "ann", "read the answers")
+    assert healthy.admission().weights == GOOD
+    # What a person released is not held against the weights again.
+    healthy.gate.retire("acme/bot", "ann", "a drill")
+    assert healthy.gate.register("acme/bot", GOOD, POLICY).state is State.unknown
+
+
+def test_a_healthy_model_that_was_removed_begins_anew(healthy: World) -> None:
+    healthy.gate.retire("acme/bot", "ann", "a drill")
+    assert healthy.gate.register("acme/bot", GOOD, POLICY).state is State.unknown
+    assert healthy.ask("acme/bot", GOOD) is State.healthy
+
+
+def test_weights_that_a_restoration_replaced_do_not_come_back_in_its_place(healthy: World) -> None:
+    bad_round(healthy)
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    with pytest.raises(InputError, match=r"quarantined \(refused 0 of 5 .* place of version 2"):
+        healthy.gate.register("acme/bot", GOOD, POLICY)
+    assert healthy.admission().weights == NEW
+
+
+def test_a_restoration_that_was_not_probed_is_not_condemned_by_what_it_restored(
+    healthy: World,
+) -> None:
+    while_restored(healthy)
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.gate.retire("acme/bot", "ann", "a drill")
+    assert healthy.gate.register("acme/bot", NEW, POLICY).state is State.unknown
+
+
+def test_what_a_failed_restoration_left_quarantined_is_not_probed_in_the_next_one(
+    healthy: World,
+) -> None:
+    while_restored(healthy)
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.gate.restoration_failed("acme/bot", "ann", "it answers nonsense")
+    healthy.gate.restoration_started("acme/bot", "ann", "once more")
+    assert not healthy.gate.versions("acme/bot")[-1].probed
 
 
 def test_a_restoration_that_does_not_help_ends_in_quarantine(healthy: World) -> None:

@@ -56,7 +56,11 @@ class Gate:
 
         The same weights again: nothing but the policy and `on_quarantine` change. Other weights:
         the newest ones are what the model is from now on; the last healthy ones before them are
-        kept and, until the new ones have been judged, go on answering.
+        kept and, until the new ones have been judged, go on answering. Weights that left while they
+        were quarantined come back quarantined.
+
+        Raises:
+            InputError: weights that left while quarantined would take another version's place.
         """
         with self._lock:
             versions = self._ledger.versions(model)
@@ -66,16 +70,25 @@ class Gate:
                     self._ledger.put(changed)
                     return changed
             newest = versions[-1] if versions else None
-            restored = newest is not None and newest.state is State.restoring
+            state, reason = State.unknown, "not probed yet"
+            bad = self._ledger.verdict(model, weights)
+            condemned = bad is not None and bad.after is State.quarantined
+            if bad is not None and condemned:  # to be retired is no way out of a quarantine
+                if newest is not None:
+                    raise _condemned(newest, bad.reason)
+                state, reason = State.quarantined, f"quarantined before it left: {bad.reason}"
+            elif newest is not None and newest.state is State.restoring:
+                state, reason = State.restoring, "the result of a restoration"
             record = Record(
                 model=model,
                 weights=weights,
                 version=1 + (newest.version if newest else 0),
                 on_quarantine=on_quarantine,
                 policy=policy,
-                state=State.restoring if restored else State.unknown,
+                state=state,
                 since=self._clock(),
-                reason="the result of a restoration" if restored else "not probed yet",
+                reason=reason,
+                condemned=condemned,
             )
             self._ledger.put(record, self._event(record, record.state, "registered", SYSTEM))
             self._retire_old(model)
@@ -170,7 +183,7 @@ class Gate:
             InputError: no such model, or no reason.
         """
         with self._lock:
-            record = replace(self._newest(model), condemned=True, round=Round())
+            record = replace(self._newest(model), round=Round())
             return self._change(record, Trigger.quarantined_by_hand, _given(reason), actor)
 
     def release(self, model: str, actor: str, reason: str) -> Record:
@@ -211,14 +224,13 @@ class Gate:
             reason = f"refused {done.refused} of {done.asked} harmful prompts"
         if trigger is Trigger.cleared:
             record = replace(record, cleared_at=self._clock())
-        else:
-            record = replace(record, condemned=True)
         return self._change(replace(record, round=Round()), trigger, reason, PROBER)
 
     def _change(self, record: Record, trigger: Trigger, reason: str, actor: str) -> Record:
         before, after = record.state, follow(record.state, trigger)
         since = self._clock() if before is not after else record.since
-        changed = replace(record, state=after, since=since, reason=reason)
+        condemned = record.condemned or after is State.quarantined
+        changed = replace(record, state=after, since=since, reason=reason, condemned=condemned)
         # A round that only confirms what was known is no news.
         told = before is not after or trigger is not Trigger.cleared
         self._ledger.put(changed, self._event(changed, before, trigger, actor) if told else None)
@@ -258,6 +270,13 @@ class Gate:
 
     def _newest(self, model: str) -> Record:
         return self._ledger.known(model)[-1]
+
+
+def _condemned(newest: Record, why: str) -> InputError:
+    return InputError(
+        f"{newest.model}: these weights are quarantined ({why}) and cannot take the place of "
+        f"version {newest.version}; remove the model first, then add and release them"
+    )
 
 
 def _given(reason: str) -> str:

@@ -48,6 +48,10 @@ class Ledger:
         """The latest events, oldest first."""
         return self._store.events(model, limit)
 
+    def verdict(self, model: str, weights: str) -> Event | None:
+        """See GateStore."""
+        return self._store.verdict(model, weights)
+
     def put(self, record: Record, event: Event | None = None) -> None:
         """Store a new or changed record, then remember it, then tell of the event."""
         self._store.save(record, event)
