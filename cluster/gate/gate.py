@@ -94,6 +94,12 @@ class Gate:
             self._retire_old(model)
             return record
 
+    def hold_to(self, policy: Policy) -> None:
+        """Judge every record by this policy from now on."""
+        with self._lock:
+            for record in self.records():
+                self._ledger.put(replace(record, policy=policy))
+
     def retire(self, model: str, actor: str, reason: str) -> None:
         """Forget a model: it is no longer served. Its events stay.
 
