@@ -254,6 +254,57 @@ def test_new_weights_leave_the_old_ones_in_place_until_they_are_judged(healthy: 
     assert healthy.admission().weights == NEW
 
 
+def test_the_version_before_takes_the_place_of_the_newest_when_it_is_registered_again(
+    healthy: World,
+) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    generation = healthy.gate.admissions()[0]
+    record = healthy.gate.register("acme/bot", GOOD, POLICY, "previous")
+    assert (record.version, record.state, record.on_quarantine) == (3, State.healthy, "previous")
+    assert healthy.gate.admissions(generation)[1]["acme/bot"] is not None  # readers are told
+    assert healthy.admission().weights == GOOD
+    last = healthy.gate.events("acme/bot")[-1]
+    assert (last.trigger, last.reason) == ("registered", "took the place of version 2 again")
+    healthy.restart()
+    assert [r.weights for r in healthy.gate.versions("acme/bot")] == [NEW, GOOD]
+    # A person's decision is about what answers now.
+    assert healthy.gate.quarantine("acme/bot", "ann", "reported").weights == GOOD
+
+
+def test_the_version_before_comes_back_in_the_place_of_a_quarantined_one(healthy: World) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    healthy.ask("acme/bot", NEW, refuses=0.0)
+    healthy.gate.register("acme/bot", GOOD, POLICY)
+    assert healthy.admission().weights == GOOD
+    assert [r.weights for r in healthy.gate.versions("acme/bot")] == [GOOD]
+
+
+def test_the_version_before_that_must_prove_itself_first_leaves_the_newest_in_place(
+    healthy: World,
+) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.clock.now += POLICY.max_age_s / 2
+    healthy.ask("acme/bot", NEW)
+    healthy.clock.now += POLICY.max_age_s / 2
+    healthy.gate.expire()
+    assert healthy.gate.register("acme/bot", GOOD, POLICY).state is State.unknown
+    assert healthy.admission().weights == NEW
+    healthy.ask("acme/bot", GOOD)
+    assert healthy.admission().weights == GOOD
+
+
+def test_a_version_before_that_was_quarantined_does_not_come_back(healthy: World) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    healthy.ask("acme/bot", GOOD, refuses=0.0)
+    before = healthy.gate.records()
+    with pytest.raises(InputError, match=r"quarantined \(.*place of version 2"):
+        healthy.gate.register("acme/bot", GOOD, POLICY)
+    assert healthy.gate.records() == before
+
+
 @pytest.mark.parametrize(("choice", "served"), [("previous", GOOD), ("unavailable", None)])
 def test_the_last_good_version_answers_only_where_the_tenant_chose_it(
     healthy: World, choice: str, served: str | None

@@ -54,22 +54,21 @@ class Gate:
     ) -> Record:
         """Serve `weights` under `model` from now on, once a round of probes has cleared them.
 
-        The same weights again: nothing but the policy and `on_quarantine` change. Other weights:
-        the newest ones are what the model is from now on; the last healthy ones before them are
-        kept and, until the new ones have been judged, go on answering. Weights that left while they
-        were quarantined come back quarantined.
+        The newest weights again: nothing but the policy and `on_quarantine` change. Other weights
+        are what the model is from now on; the last healthy ones before them are kept and, until the
+        new ones have been judged, go on answering. Earlier weights that are still known come back
+        in the state that they are in. Weights that left while quarantined come back quarantined.
 
         Raises:
-            InputError: weights that left while quarantined would take another version's place.
+            InputError: quarantined weights would take the place of another version.
         """
         with self._lock:
             versions = self._ledger.versions(model)
+            newest = versions[-1] if versions else None
             for known in versions:
                 if known.weights == weights:
-                    changed = replace(known, policy=policy, on_quarantine=on_quarantine)
-                    self._ledger.put(changed)
-                    return changed
-            newest = versions[-1] if versions else None
+                    again = replace(known, policy=policy, on_quarantine=on_quarantine)
+                    return self._again(again, versions[-1])
             state, reason = State.unknown, "not probed yet"
             bad = self._ledger.verdict(model, weights)
             condemned = bad is not None and bad.after is State.quarantined
@@ -93,6 +92,18 @@ class Gate:
             self._ledger.put(record, self._event(record, record.state, "registered", SYSTEM))
             self._retire_old(model)
             return record
+
+    def _again(self, known: Record, newest: Record) -> Record:
+        if known.weights == newest.weights:
+            self._ledger.put(known)
+            return known
+        if known.condemned:
+            raise _condemned(newest, known.reason)
+        record = replace(known, version=newest.version + 1)
+        told = replace(record, reason=f"took the place of version {newest.version} again")
+        self._ledger.put(record, self._event(told, record.state, "registered", SYSTEM))
+        self._retire_old(record.model)
+        return record
 
     def hold_to(self, policy: Policy) -> None:
         """Judge every record by this policy from now on."""
@@ -263,16 +274,8 @@ class Gate:
         trigger: Trigger | Literal["registered", "retired"],
         actor: str,
     ) -> Event:
-        return Event(
-            at=self._clock(),
-            model=record.model,
-            weights=record.weights,
-            before=before,
-            after=record.state,
-            trigger=trigger,
-            reason=record.reason,
-            actor=actor,
-        )
+        about = (record.model, record.weights, before, record.state, trigger, record.reason)
+        return Event(self._clock(), *about, actor)
 
     def _newest(self, model: str) -> Record:
         return self._ledger.known(model)[-1]

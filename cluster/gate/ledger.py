@@ -61,6 +61,9 @@ class Ledger:
             versions.append(record)
         else:
             versions[versions.index(known)] = record
+            versions.sort(
+                key=lambda one: one.version
+            )  # old weights may be the newest version again
         if known is None or _visible(known) != _visible(record):
             self._touch(record.model)
         self._tell(event)
@@ -90,4 +93,5 @@ class Ledger:
 
 def _visible(record: Record) -> tuple[object, ...]:
     """What an admission is made from."""
-    return record.state, record.healthy_until, record.on_quarantine, record.reason
+    order = record.version
+    return order, record.state, record.healthy_until, record.on_quarantine, record.reason
