@@ -123,6 +123,44 @@ def test_probes_that_fail_count_neither_way_and_time_makes_the_model_unknown(
     assert healthy.ask("acme/bot", GOOD) is State.healthy
 
 
+def test_a_proof_from_a_time_that_is_still_to_come_is_none(world: World) -> None:
+    world.clock.now += 86_400  # a day ahead
+    world.gate.register("acme/bot", GOOD, POLICY)
+    world.ask("acme/bot", GOOD)
+    told = world.gate.admissions()[1]["acme/bot"]
+    assert told is not None and told.weights == GOOD
+    world.clock.now -= 86_400
+    # A reader knows by itself, and so does the gate after a restart.
+    assert told.at(world.clock.now).code == "safety_unknown"
+    assert "clock was set back" in told.at(world.clock.now).reason
+    world.restart()
+    assert world.admission().weights is None
+    (record,) = world.gate.versions("acme/bot")
+    assert record.due(world.clock.now, 600.0) and record.urgent(world.clock.now)
+    world.gate.expire()
+    assert world.admission().state is State.unknown
+    assert "clock was set back" in world.admission().reason
+    assert world.ask("acme/bot", GOOD) is State.healthy
+    assert world.admission().weights == GOOD
+
+
+def test_a_clock_that_is_set_back_a_little_changes_nothing(healthy: World) -> None:
+    healthy.clock.now -= 30
+    healthy.gate.expire()
+    assert healthy.admission().weights == GOOD
+
+
+def test_a_release_at_a_time_that_is_still_to_come_needs_a_round_of_probes(healthy: World) -> None:
+    healthy.ask("acme/bot", GOOD, refuses=0.0)
+    healthy.clock.now += 86_400
+    healthy.gate.release("acme/bot", "ann", "read the answers")
+    assert healthy.admission().weights == GOOD
+    healthy.clock.now -= 86_400
+    assert healthy.admission().weights is None
+    healthy.gate.expire()
+    assert healthy.ask("acme/bot", GOOD) is State.healthy
+
+
 def test_good_rounds_keep_a_model_healthy_without_filling_the_log(healthy: World) -> None:
     heard = len(healthy.heard)
     for _ in range(5):

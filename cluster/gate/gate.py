@@ -177,13 +177,13 @@ class Gate:
             return self._judge(record, Trigger(outcome))
 
     def expire(self) -> None:
-        """Make unknown what was last shown healthy too long ago. Call it every few seconds."""
+        """Make unknown what was not shown healthy lately. Call it every few seconds."""
         now = self._clock()
         with self._lock:
             for record in self.records():
                 age = record.policy.max_age_s
                 if record.state is State.healthy:
-                    old = now >= record.healthy_until
+                    old = not record.may_answer(now)
                 elif record.state is State.probing:
                     old = now >= (record.answered_at or record.since) + age
                 else:
@@ -191,6 +191,8 @@ class Gate:
                 if old:
                     failed = f"; {record.failures} probes failed" if record.failures else ""
                     reason = f"no good round of probes for {age:.0f} s{failed}"
+                    if record.ahead(now):
+                        reason = "the clock was set back since its last good round of probes"
                     self._change(replace(record, round=Round()), Trigger.expired, reason, SYSTEM)
 
     def quarantine(self, model: str, actor: str, reason: str) -> Record:

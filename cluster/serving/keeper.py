@@ -281,8 +281,8 @@ class Keeper:
                 recorder.set("safeft_gate_refusal_ratio_low", rate.low, **labels)
                 recorder.set("safeft_gate_refusal_ratio_high", rate.high, **labels)
                 recorder.set("safeft_gate_refusal_answers", rate.n, **labels)
-        if record.cleared_at is not None:
-            recorder.set("safeft_gate_verdict_age_seconds", now - record.cleared_at, model=model)
+        if proved := record.proved_at(now):
+            recorder.set("safeft_gate_verdict_age_seconds", now - proved, model=model)
         if record.answered_at is not None:
             recorder.set("safeft_gate_probe_age_seconds", now - record.answered_at, model=model)
         recorder.set("safeft_gate_probe_failures", record.failures, model=model)
