@@ -6,18 +6,19 @@ import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.cli.demo_serving import ask, watch
 from cluster.cli.main import app
-from cluster.cli.up import up
+from cluster.cli.up import add_adapters, up
 from cluster.gate.policy import MAX_AGE_S
-from cluster.serving.client import Admin
+from cluster.serving.client import Admin, Refused
 from cluster.serving.prober import ProberConfig
 from safeft.errors import InputError, SafeftError
-from safeft.models import load_tokenizer
+from safeft.models import adapter_hash, load_tokenizer
 from safeft.progress import silent
 from tests.serving_world import TOKEN, Person, Stack
 from tests.tinyadapters import save_adapter
@@ -71,6 +72,55 @@ def test_a_model_is_added_listed_shown_quarantined_released_and_removed(
     assert "it was a drill" in safeft(stack, "models", "show", "acme/bot").output
     safeft(stack, "models", "remove", "acme/bot", "--reason", "its tenant left")
     assert "acme/bot" not in safeft(stack, "models", "list").output
+
+
+def test_going_back_to_an_old_adapter_says_what_then_answers(stack: Stack, tmp_path: Path) -> None:
+    for seed in (11, 12):
+        save_adapter(tmp_path / str(seed), seed)
+        safeft(stack, "models", "add", "acme/back", tmp_path / str(seed))
+        stack.clear("acme/back")
+    weights = {row["weights"]: row for row in _rows(stack, "acme/back")}
+    done = safeft(stack, "models", "add", "acme/back", tmp_path / "11")
+    assert "acme/back version 3: healthy" in done.output
+    newest = _rows(stack, "acme/back")[-1]
+    assert newest["weights"] == adapter_hash(tmp_path / "11")
+    assert weights[newest["weights"]]["version"] == 1
+    assert stack.admissions.weights("acme/back") == newest["weights"]
+
+
+def test_adding_weights_that_are_quarantined_is_an_error_that_names_the_ways_out(
+    stack: Stack, tmp_path: Path
+) -> None:
+    save_adapter(tmp_path / "a", 13)
+    safeft(stack, "models", "add", "acme/bad", tmp_path / "a")
+    stack.clear("acme/bad", refuses=False)
+    done = safeft(stack, "models", "add", "acme/bad", tmp_path / "a", "--previous")
+    assert isinstance(done.exception, InputError)
+    assert "quarantined (refused 0 of 5 harmful" in str(done.exception)
+    assert "safeft models release" in str(done.exception)
+    assert [row["on_quarantine"] for row in _rows(stack, "acme/bad")] == ["previous"]
+
+
+def test_an_adapter_that_was_quarantined_since_does_not_keep_the_pool_from_starting(
+    stack: Stack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (14, 15, 16):
+        save_adapter(tmp_path / str(seed), seed)
+    admin = Admin(stack.url, TOKEN)
+    add_adapters(admin, {"acme/first": tmp_path / "14"})
+    stack.clear("acme/first", refuses=False)
+    add_adapters(admin, {"acme/first": tmp_path / "15"})  # so the first weights left
+    add_adapters(admin, {"acme/first": tmp_path / "14", "acme/next": tmp_path / "16"})
+    assert "--adapter acme/first: stays as it was" in capsys.readouterr().err
+    assert [row["version"] for row in _rows(stack, "acme/first")] == [2]
+    assert _rows(stack, "acme/next")
+    with pytest.raises(Refused):  # a mistake on the command line
+        add_adapters(admin, {"acme/typo": tmp_path / "nowhere"})
+    stack.settle()
+
+
+def _rows(stack: Stack, model: str) -> list[dict[str, Any]]:
+    return [row for row in Admin(stack.url, TOKEN).get("models") if row["model"] == model]
 
 
 def test_a_decision_without_a_reason_is_not_taken(stack: Stack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,44 @@ def test_probes_that_fail_count_neither_way_and_time_makes_the_model_unknown(
     assert healthy.ask("acme/bot", GOOD) is State.healthy
 
 
+def test_a_proof_from_a_time_that_is_still_to_come_is_none(world: World) -> None:
+    world.clock.now += 86_400  # a day ahead
+    world.gate.register("acme/bot", GOOD, POLICY)
+    world.ask("acme/bot", GOOD)
+    told = world.gate.admissions()[1]["acme/bot"]
+    assert told is not None and told.weights == GOOD
+    world.clock.now -= 86_400
+    # A reader knows by itself, and so does the gate after a restart.
+    assert told.at(world.clock.now).code == "safety_unknown"
+    assert "clock was set back" in told.at(world.clock.now).reason
+    world.restart()
+    assert world.admission().weights is None
+    (record,) = world.gate.versions("acme/bot")
+    assert record.due(world.clock.now, 600.0) and record.urgent(world.clock.now)
+    world.gate.expire()
+    assert world.admission().state is State.unknown
+    assert "clock was set back" in world.admission().reason
+    assert world.ask("acme/bot", GOOD) is State.healthy
+    assert world.admission().weights == GOOD
+
+
+def test_a_clock_that_is_set_back_a_little_changes_nothing(healthy: World) -> None:
+    healthy.clock.now -= 30
+    healthy.gate.expire()
+    assert healthy.admission().weights == GOOD
+
+
+def test_a_release_at_a_time_that_is_still_to_come_needs_a_round_of_probes(healthy: World) -> None:
+    healthy.ask("acme/bot", GOOD, refuses=0.0)
+    healthy.clock.now += 86_400
+    healthy.gate.release("acme/bot", "ann", "read the answers")
+    assert healthy.admission().weights == GOOD
+    healthy.clock.now -= 86_400
+    assert healthy.admission().weights is None
+    healthy.gate.expire()
+    assert healthy.ask("acme/bot", GOOD) is State.healthy
+
+
 def test_good_rounds_keep_a_model_healthy_without_filling_the_log(healthy: World) -> None:
     heard = len(healthy.heard)
     for _ in range(5):
@@ -167,6 +206,75 @@ def test_the_way_through_restoration_back_to_healthy(healthy: World) -> None:
     assert [r.weights for r in healthy.gate.versions("acme/bot")] == [NEW]
 
 
+def bad_round(world: World) -> None:
+    assert world.ask("acme/bot", GOOD, refuses=0.0) is State.quarantined
+
+
+def by_hand(world: World) -> None:
+    world.gate.quarantine("acme/bot", "ann", "reported by a user")
+
+
+def while_restored(world: World) -> None:
+    bad_round(world)
+    world.gate.restoration_started("acme/bot", "controller", "job ft-1")
+
+
+@pytest.mark.parametrize("fall", [bad_round, by_hand, while_restored])
+def test_to_be_removed_and_registered_again_does_not_end_a_quarantine(
+    healthy: World, fall: Callable[[World], None]
+) -> None:
+    fall(healthy)
+    for _ in range(2):  # however often
+        healthy.gate.retire("acme/bot", "ann", "nobody needs it")
+        healthy.restart()
+        record = healthy.gate.register("acme/bot", GOOD, POLICY)
+        assert (record.state, record.condemned) == (State.quarantined, True)
+    for _ in range(60):
+        healthy.gate.answered("acme/bot", GOOD, "harmful", AnswerClass.refused)
+        healthy.gate.answered("acme/bot", GOOD, "benign", AnswerClass.complied)
+    assert healthy.admission().code == "safety_quarantined"
+    assert healthy.admission().reason.count("quarantined before it left") == 1
+    healthy.gate.release("acme/bot", "ann", "read the answers")
+    assert healthy.admission().weights == GOOD
+    # What a person released is not held against the weights again.
+    healthy.gate.retire("acme/bot", "ann", "a drill")
+    assert healthy.gate.register("acme/bot", GOOD, POLICY).state is State.unknown
+
+
+def test_a_healthy_model_that_was_removed_begins_anew(healthy: World) -> None:
+    healthy.gate.retire("acme/bot", "ann", "a drill")
+    assert healthy.gate.register("acme/bot", GOOD, POLICY).state is State.unknown
+    assert healthy.ask("acme/bot", GOOD) is State.healthy
+
+
+def test_weights_that_a_restoration_replaced_do_not_come_back_in_its_place(healthy: World) -> None:
+    bad_round(healthy)
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    with pytest.raises(InputError, match=r"quarantined \(refused 0 of 5 .* place of version 2"):
+        healthy.gate.register("acme/bot", GOOD, POLICY)
+    assert healthy.admission().weights == NEW
+
+
+def test_a_restoration_that_was_not_probed_is_not_condemned_by_what_it_restored(
+    healthy: World,
+) -> None:
+    while_restored(healthy)
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.gate.retire("acme/bot", "ann", "a drill")
+    assert healthy.gate.register("acme/bot", NEW, POLICY).state is State.unknown
+
+
+def test_what_a_failed_restoration_left_quarantined_is_not_probed_in_the_next_one(
+    healthy: World,
+) -> None:
+    while_restored(healthy)
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.gate.restoration_failed("acme/bot", "ann", "it answers nonsense")
+    healthy.gate.restoration_started("acme/bot", "ann", "once more")
+    assert not healthy.gate.versions("acme/bot")[-1].probed
+
+
 def test_a_restoration_that_does_not_help_ends_in_quarantine(healthy: World) -> None:
     healthy.ask("acme/bot", GOOD, refuses=0.0)
     healthy.gate.restoration_started("acme/bot", "controller", "job ft-1")
@@ -182,6 +290,57 @@ def test_new_weights_leave_the_old_ones_in_place_until_they_are_judged(healthy: 
     assert healthy.admission().weights == GOOD
     healthy.ask("acme/bot", NEW)
     assert healthy.admission().weights == NEW
+
+
+def test_the_version_before_takes_the_place_of_the_newest_when_it_is_registered_again(
+    healthy: World,
+) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    generation = healthy.gate.admissions()[0]
+    record = healthy.gate.register("acme/bot", GOOD, POLICY, "previous")
+    assert (record.version, record.state, record.on_quarantine) == (3, State.healthy, "previous")
+    assert healthy.gate.admissions(generation)[1]["acme/bot"] is not None  # readers are told
+    assert healthy.admission().weights == GOOD
+    last = healthy.gate.events("acme/bot")[-1]
+    assert (last.trigger, last.reason) == ("registered", "took the place of version 2 again")
+    healthy.restart()
+    assert [r.weights for r in healthy.gate.versions("acme/bot")] == [NEW, GOOD]
+    # A person's decision is about what answers now.
+    assert healthy.gate.quarantine("acme/bot", "ann", "reported").weights == GOOD
+
+
+def test_the_version_before_comes_back_in_the_place_of_a_quarantined_one(healthy: World) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    healthy.ask("acme/bot", NEW, refuses=0.0)
+    healthy.gate.register("acme/bot", GOOD, POLICY)
+    assert healthy.admission().weights == GOOD
+    assert [r.weights for r in healthy.gate.versions("acme/bot")] == [GOOD]
+
+
+def test_the_version_before_that_must_prove_itself_first_leaves_the_newest_in_place(
+    healthy: World,
+) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.clock.now += POLICY.max_age_s / 2
+    healthy.ask("acme/bot", NEW)
+    healthy.clock.now += POLICY.max_age_s / 2
+    healthy.gate.expire()
+    assert healthy.gate.register("acme/bot", GOOD, POLICY).state is State.unknown
+    assert healthy.admission().weights == NEW
+    healthy.ask("acme/bot", GOOD)
+    assert healthy.admission().weights == GOOD
+
+
+def test_a_version_before_that_was_quarantined_does_not_come_back(healthy: World) -> None:
+    healthy.gate.register("acme/bot", NEW, POLICY)
+    healthy.ask("acme/bot", NEW)
+    healthy.ask("acme/bot", GOOD, refuses=0.0)
+    before = healthy.gate.records()
+    with pytest.raises(InputError, match=r"quarantined \(.*place of version 2"):
+        healthy.gate.register("acme/bot", GOOD, POLICY)
+    assert healthy.gate.records() == before
 
 
 @pytest.mark.parametrize(("choice", "served"), [("previous", GOOD), ("unavailable", None)])

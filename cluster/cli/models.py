@@ -94,7 +94,12 @@ def add(
     url: Url = DEFAULT_URL,
     state: State = None,
 ) -> None:
-    """Serve an adapter under a name, or a new version of it; it answers when it was probed."""
+    """Serve an adapter under a name, or a new version of it; it answers when it was probed.
+
+    Earlier weights that the gate still knows as healthy answer at once.
+    """
+    from safeft.errors import InputError
+
     row = _admin(url, state).post(
         "models",
         model=model,
@@ -102,6 +107,11 @@ def add(
         on_quarantine="previous" if previous else "unavailable",
     )
     out.print(f"{escape(model)} version {row['version']}: {row['state']}")
+    if row["state"] == "quarantined":
+        raise InputError(
+            f"{model}: these weights are quarantined ({row['reason']}) and answer nobody; release "
+            "them (`safeft models release`), or add other ones"
+        )
 
 
 @app.command()

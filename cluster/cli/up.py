@@ -16,6 +16,7 @@ from cluster.cli.console import err, out, print_json, progress_bars
 from cluster.serving.engines import EngineName, require_engine
 
 if TYPE_CHECKING:
+    from cluster.serving.client import Admin
     from cluster.serving.disk_cache import Artifacts
 
 
@@ -145,8 +146,7 @@ def up(
                 addresses["prometheus"] = stack.enter_context(server)
         stack.callback(err.print, "stopping")
         admin = Admin(pool.url, token(pool.state / ADMIN_TOKEN))
-        for name, directory in adapters.items():
-            admin.post("models", model=name, adapter=str(directory))
+        add_adapters(admin, adapters)
         addresses["state"] = str(pool.state)
         models = [pool.base.name, *adapters]
         if as_json:
@@ -214,6 +214,25 @@ def _named(text: str) -> tuple[str, Path]:
     if not (name and equals and directory):
         raise InputError(f"--adapter: must be NAME=DIRECTORY, not {text}")
     return name, Path(directory).absolute()
+
+
+def add_adapters(admin: Admin, adapters: dict[str, Path]) -> None:
+    """Have the pool serve them.
+
+    Raises:
+        Refused: the pool does not take one, and serves nothing by that name from the last time.
+    """
+    from cluster.serving.client import Refused
+
+    kept = {row["model"] for row in admin.get("models")}
+    for name, directory in adapters.items():
+        try:
+            admin.post("models", model=name, adapter=str(directory))
+        except Refused as error:
+            if name not in kept:
+                raise
+            # Weights that were quarantined since must not keep the others from being served.
+            err.print(escape(f"--adapter {name}: stays as it was: {error}"))
 
 
 def _ray_pages() -> list[str]:

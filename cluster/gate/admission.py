@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from cluster.gate.record import Record
+from cluster.gate.record import AHEAD_S, Record
 from cluster.gate.states import State
 
 Code = Literal["", "safety_quarantined", "safety_unknown"]
@@ -19,22 +19,27 @@ class Admission:
     Attributes:
         weights: that answer it; None: it is refused with `code`.
         state: of the model's newest weights.
-        until: seconds since 1970; later the weights are unknown, unless a newer admission says
-            more. So no reader needs the gate for each request.
+        since, until: seconds since 1970; at other times the weights are unknown, unless a newer
+            admission says more. So no reader needs the gate for each request.
         reason: in words, where it is refused.
     """
 
     weights: str | None
     state: State
+    since: float
     until: float
     code: Code = ""
     reason: str = ""
 
     def at(self, now: float) -> Admission:
         """What it is worth at `now`."""
-        if self.weights is None or now < self.until:
+        if self.weights is None or self.since <= now < self.until:
             return self
-        return Admission(None, self.state, self.until, "safety_unknown", "its last probes are old")
+        old = now >= self.until
+        reason = (
+            "its last probes are old" if old else "the clock was set back since its last probes"
+        )
+        return replace(self, weights=None, code="safety_unknown", reason=reason)
 
 
 def admit(versions: Sequence[Record], now: float) -> Admission:
@@ -50,6 +55,7 @@ def admit(versions: Sequence[Record], now: float) -> Admission:
         usable += reversed(versions[:-1])
     for record in usable:
         if record.may_answer(now):
-            return Admission(record.weights, newest.state, record.healthy_until)
+            since = record.proved_at(now) - AHEAD_S
+            return Admission(record.weights, newest.state, since, record.healthy_until)
     code: Code = "safety_quarantined" if quarantined else "safety_unknown"
-    return Admission(None, newest.state, 0.0, code, newest.reason)
+    return Admission(None, newest.state, 0.0, 0.0, code, newest.reason)

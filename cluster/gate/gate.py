@@ -54,32 +54,62 @@ class Gate:
     ) -> Record:
         """Serve `weights` under `model` from now on, once a round of probes has cleared them.
 
-        The same weights again: nothing but the policy and `on_quarantine` change. Other weights:
-        the newest ones are what the model is from now on; the last healthy ones before them are
-        kept and, until the new ones have been judged, go on answering.
+        The newest weights again: nothing but the policy and `on_quarantine` change. Other weights
+        are what the model is from now on; the last healthy ones before them are kept and, until the
+        new ones have been judged, go on answering. Earlier weights that are still known come back
+        in the state that they are in. Weights that left while quarantined come back quarantined.
+
+        Raises:
+            InputError: quarantined weights would take the place of another version.
         """
         with self._lock:
             versions = self._ledger.versions(model)
+            newest = versions[-1] if versions else None
             for known in versions:
                 if known.weights == weights:
-                    changed = replace(known, policy=policy, on_quarantine=on_quarantine)
-                    self._ledger.put(changed)
-                    return changed
-            newest = versions[-1] if versions else None
-            restored = newest is not None and newest.state is State.restoring
+                    again = replace(known, policy=policy, on_quarantine=on_quarantine)
+                    return self._again(again, versions[-1])
+            state, reason = State.unknown, "not probed yet"
+            bad = self._ledger.verdict(model, weights)
+            condemned = bad is not None and bad.after is State.quarantined
+            if bad is not None and condemned:  # to be retired is no way out of a quarantine
+                if newest is not None:
+                    raise _condemned(newest, bad.reason)
+                state, reason = State.quarantined, f"quarantined before it left: {bad.reason}"
+            elif newest is not None and newest.state is State.restoring:
+                state, reason = State.restoring, "the result of a restoration"
             record = Record(
                 model=model,
                 weights=weights,
                 version=1 + (newest.version if newest else 0),
                 on_quarantine=on_quarantine,
                 policy=policy,
-                state=State.restoring if restored else State.unknown,
+                state=state,
                 since=self._clock(),
-                reason="the result of a restoration" if restored else "not probed yet",
+                reason=reason,
+                condemned=condemned,
             )
             self._ledger.put(record, self._event(record, record.state, "registered", SYSTEM))
             self._retire_old(model)
             return record
+
+    def _again(self, known: Record, newest: Record) -> Record:
+        if known.weights == newest.weights:
+            self._ledger.put(known)
+            return known
+        if known.condemned:
+            raise _condemned(newest, known.reason)
+        record = replace(known, version=newest.version + 1)
+        told = replace(record, reason=f"took the place of version {newest.version} again")
+        self._ledger.put(record, self._event(told, record.state, "registered", SYSTEM))
+        self._retire_old(record.model)
+        return record
+
+    def hold_to(self, policy: Policy) -> None:
+        """Judge every record by this policy from now on."""
+        with self._lock:
+            for record in self.records():
+                self._ledger.put(replace(record, policy=policy))
 
     def retire(self, model: str, actor: str, reason: str) -> None:
         """Forget a model: it is no longer served. Its events stay.
@@ -147,13 +177,13 @@ class Gate:
             return self._judge(record, Trigger(outcome))
 
     def expire(self) -> None:
-        """Make unknown what was last shown healthy too long ago. Call it every few seconds."""
+        """Make unknown what was not shown healthy lately. Call it every few seconds."""
         now = self._clock()
         with self._lock:
             for record in self.records():
                 age = record.policy.max_age_s
                 if record.state is State.healthy:
-                    old = now >= record.healthy_until
+                    old = not record.may_answer(now)
                 elif record.state is State.probing:
                     old = now >= (record.answered_at or record.since) + age
                 else:
@@ -161,6 +191,8 @@ class Gate:
                 if old:
                     failed = f"; {record.failures} probes failed" if record.failures else ""
                     reason = f"no good round of probes for {age:.0f} s{failed}"
+                    if record.ahead(now):
+                        reason = "the clock was set back since its last good round of probes"
                     self._change(replace(record, round=Round()), Trigger.expired, reason, SYSTEM)
 
     def quarantine(self, model: str, actor: str, reason: str) -> Record:
@@ -170,7 +202,7 @@ class Gate:
             InputError: no such model, or no reason.
         """
         with self._lock:
-            record = replace(self._newest(model), condemned=True, round=Round())
+            record = replace(self._newest(model), round=Round())
             return self._change(record, Trigger.quarantined_by_hand, _given(reason), actor)
 
     def release(self, model: str, actor: str, reason: str) -> Record:
@@ -211,14 +243,13 @@ class Gate:
             reason = f"refused {done.refused} of {done.asked} harmful prompts"
         if trigger is Trigger.cleared:
             record = replace(record, cleared_at=self._clock())
-        else:
-            record = replace(record, condemned=True)
         return self._change(replace(record, round=Round()), trigger, reason, PROBER)
 
     def _change(self, record: Record, trigger: Trigger, reason: str, actor: str) -> Record:
         before, after = record.state, follow(record.state, trigger)
         since = self._clock() if before is not after else record.since
-        changed = replace(record, state=after, since=since, reason=reason)
+        condemned = record.condemned or after is State.quarantined
+        changed = replace(record, state=after, since=since, reason=reason, condemned=condemned)
         # A round that only confirms what was known is no news.
         told = before is not after or trigger is not Trigger.cleared
         self._ledger.put(changed, self._event(changed, before, trigger, actor) if told else None)
@@ -245,19 +276,18 @@ class Gate:
         trigger: Trigger | Literal["registered", "retired"],
         actor: str,
     ) -> Event:
-        return Event(
-            at=self._clock(),
-            model=record.model,
-            weights=record.weights,
-            before=before,
-            after=record.state,
-            trigger=trigger,
-            reason=record.reason,
-            actor=actor,
-        )
+        about = (record.model, record.weights, before, record.state, trigger, record.reason)
+        return Event(self._clock(), *about, actor)
 
     def _newest(self, model: str) -> Record:
         return self._ledger.known(model)[-1]
+
+
+def _condemned(newest: Record, why: str) -> InputError:
+    return InputError(
+        f"{newest.model}: these weights are quarantined ({why}) and cannot take the place of "
+        f"version {newest.version}; remove the model first, then add and release them"
+    )
 
 
 def _given(reason: str) -> str:

@@ -48,6 +48,10 @@ class Ledger:
         """The latest events, oldest first."""
         return self._store.events(model, limit)
 
+    def verdict(self, model: str, weights: str) -> Event | None:
+        """See GateStore."""
+        return self._store.verdict(model, weights)
+
     def put(self, record: Record, event: Event | None = None) -> None:
         """Store a new or changed record, then remember it, then tell of the event."""
         self._store.save(record, event)
@@ -57,6 +61,9 @@ class Ledger:
             versions.append(record)
         else:
             versions[versions.index(known)] = record
+            versions.sort(
+                key=lambda one: one.version
+            )  # old weights may be the newest version again
         if known is None or _visible(known) != _visible(record):
             self._touch(record.model)
         self._tell(event)
@@ -86,4 +93,5 @@ class Ledger:
 
 def _visible(record: Record) -> tuple[object, ...]:
     """What an admission is made from."""
-    return record.state, record.healthy_until, record.on_quarantine, record.reason
+    order = record.version
+    return order, record.state, record.healthy_until, record.on_quarantine, record.reason

@@ -14,6 +14,9 @@ OnQuarantine = Literal["unavailable", "previous"]
 WINDOW = 200
 #: Share of `Policy.max_age_s` after which a new good round must not wait any longer.
 OLD = 0.75
+#: Clocks are set back. What was shown later than this many seconds from now was shown at a time
+#: that nobody knows, so it is worth nothing.
+AHEAD_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,17 @@ class Record:
         """When the last good round is worth nothing any more."""
         return 0.0 if self.cleared_at is None else self.cleared_at + self.policy.max_age_s
 
+    def ahead(self, now: float) -> bool:
+        """Whether the clock was set back since the last good round, or a person's release."""
+        return self.cleared_at is not None and self.cleared_at > now + AHEAD_S
+
+    def proved_at(self, now: float) -> float:
+        """`cleared_at`; 0 where there is none, or none that counts."""
+        return 0.0 if self.cleared_at is None or self.ahead(now) else self.cleared_at
+
     def may_answer(self, now: float) -> bool:
         """Whether tenants may be answered with these weights."""
-        return self.state is State.healthy and now < self.healthy_until
+        return self.state is State.healthy and now < self.healthy_until and not self.ahead(now)
 
     @property
     def probed(self) -> bool:
@@ -65,12 +76,12 @@ class Record:
     def due(self, now: float, every_s: float) -> bool:
         """Whether to probe it now: a round is open, or the last good one is `every_s` old."""
         if self.state is State.healthy and self.round == Round():
-            return now >= (self.cleared_at or 0.0) + every_s
+            return now >= self.proved_at(now) + every_s
         return self.probed
 
     def old(self, now: float) -> bool:
         """Whether the last good round will soon be worth nothing."""
-        return now >= (self.cleared_at or 0.0) + OLD * self.policy.max_age_s
+        return now >= self.proved_at(now) + OLD * self.policy.max_age_s
 
     def urgent(self, now: float) -> bool:
         """Whether its next probe must not wait.

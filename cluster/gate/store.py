@@ -57,6 +57,12 @@ class GateStore(Protocol):
     def events(self, model: str | None = None, limit: int = 100) -> list[Event]:
         """The latest events, of one model or of all, oldest first."""
 
+    def verdict(self, model: str, weights: str) -> Event | None:
+        """The last event that says how these weights were judged, also after they were retired.
+
+        That is none of a registration or a retirement, and none that led to `restoring`.
+        """
+
 
 class SqlGateStore:
     """A GateStore in any database that SQLAlchemy reaches.
@@ -104,14 +110,23 @@ class SqlGateStore:
         query = sa.select(_events).order_by(_events.c.number.desc()).limit(limit)
         if model is not None:
             query = query.where(_events.c.model == model)
+        return [_event(row) for row in reversed(self._translated(lambda: self._read(query)))]
+
+    def verdict(self, model: str, weights: str) -> Event | None:
+        """See GateStore."""
+        query = (
+            sa.select(_events)
+            .where(
+                _events.c.model == model,
+                _events.c.weights == weights,
+                _events.c.trigger.not_in(("registered", "retired")),
+                _events.c.after != State.restoring.value,
+            )
+            .order_by(_events.c.number.desc())
+            .limit(1)
+        )
         rows = self._translated(lambda: self._read(query))
-        found = []
-        for row in reversed(rows):
-            fields = dict(row._mapping)
-            del fields["number"]
-            fields["before"], fields["after"] = State(fields["before"]), State(fields["after"])
-            found.append(Event(**fields))
-        return found
+        return _event(rows[0]) if rows else None
 
     def _write(self, record: Record, insert: sa.Insert | None, event: Event | None) -> None:
         def write() -> None:
@@ -150,6 +165,13 @@ def sqlite_engine(file: Path) -> sa.Engine:
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")  # a quarantine outlives a power cut
+
+
+def _event(row: sa.Row[Any]) -> Event:
+    fields = dict(row._mapping)
+    del fields["number"]
+    fields["before"], fields["after"] = State(fields["before"]), State(fields["after"])
+    return Event(**fields)
 
 
 def _encode(record: Record) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from pathlib import Path
 
 from cluster.gate.admission import Admission
-from cluster.gate.gate import Gate
+from cluster.gate.gate import SYSTEM, Gate
 from cluster.gate.policy import Policy, Probe, Round
 from cluster.gate.record import Due, Event, OnQuarantine, Record
 from cluster.gate.states import State
@@ -24,6 +25,7 @@ from safeft.errors import InputError, ModelError
 from safeft.evaluate import AnswerClass
 from safeft.models import adapter_hash
 
+log = logging.getLogger(__name__)
 #: Models with series of their own; beyond it those that are not healthy come first.
 MODELS_SHOWN = 1000
 _PER_MODEL = (
@@ -67,10 +69,41 @@ class Keeper:
         self._changed = asyncio.Event()
         #: Model and weights whose next round, or the one under way, was asked for.
         self._by_hand: set[tuple[str, str]] = set()
-        for record in self.gate.records():  # from an earlier start, perhaps with another policy
-            self.gate.register(record.model, record.weights, policy, record.on_quarantine)
+        self._leave_other_base()
+        self.gate.hold_to(policy)
         self.gate.register(base.name, base.weights, policy)
         recorder.poll(self._numbers)
+
+    def _leave_other_base(self) -> None:
+        """Retire what was judged on other base weights: of these, its verdicts say nothing.
+
+        Quarantines outlive it. The control plane registers again what it published for this base.
+        """
+        now = self._base.weights
+        if not self._judged_here():
+            records = self.gate.records()
+            found = {r.model: self._registry.directory(r.model, r.weights) for r in records}
+            by_hand = [f"{model} (from {where})" for model, where in found.items() if where]
+            log.warning(
+                "the base model's weights are others than before (now %s), so every model left. "
+                "Those that were added by hand must be added again: %s",
+                now[:12],
+                ", ".join(by_hand) or "none",
+            )
+            for model in found:
+                self.gate.retire(model, SYSTEM, f"the base model's weights are now {now[:12]}")
+                self._registry.forget(model)
+        self._registry.set_base(now)  # last: what was cut off before is done again
+
+    def _judged_here(self) -> bool:
+        """Whether all verdicts are about adapters of this base model's weights."""
+        now = self._base.weights
+        if (known := self._registry.base()) is not None:
+            return known == now
+        # An older version did not write it down, so nothing may speak of another base model.
+        others = [r.weights for r in self.gate.records() if r.weights != now]
+        others += [e.weights for e in self.gate.events(self._base.name) if e.weights != now]
+        return all(self._registry.get(weights) is not None for weights in others)
 
     async def admissions(
         self, epoch: str, since: int, wait_s: float
@@ -248,8 +281,8 @@ class Keeper:
                 recorder.set("safeft_gate_refusal_ratio_low", rate.low, **labels)
                 recorder.set("safeft_gate_refusal_ratio_high", rate.high, **labels)
                 recorder.set("safeft_gate_refusal_answers", rate.n, **labels)
-        if record.cleared_at is not None:
-            recorder.set("safeft_gate_verdict_age_seconds", now - record.cleared_at, model=model)
+        if proved := record.proved_at(now):
+            recorder.set("safeft_gate_verdict_age_seconds", now - proved, model=model)
         if record.answered_at is not None:
             recorder.set("safeft_gate_probe_age_seconds", now - record.answered_at, model=model)
         recorder.set("safeft_gate_probe_failures", record.failures, model=model)

@@ -208,16 +208,16 @@ class Prober:
         Every failure in a row makes a proof count as younger: a model that cannot be asked must not
         keep the others from their turn.
         """
-        proved = (record.cleared_at or 0.0) + record.failures * self._config.every_s
+        proved = record.proved_at(self._clock()) + record.failures * self._config.every_s
         return _key(record) not in self._by_hand, record.state is State.healthy, proved
 
     def _tell_if_behind(self, records: list[Record]) -> None:
         """Say that the share of the time is too small for all models, once in an age limit."""
         now = self._clock()
         for record in records:
-            limit = record.policy.max_age_s
+            limit, proved = record.policy.max_age_s, record.proved_at(now)
             # Not for a model that does not answer, nor for what nobody probed before this began.
-            mine = record.failures == 0 and (record.cleared_at or 0.0) >= self._began
+            mine = record.failures == 0 and proved >= self._began
             late = record.state is State.healthy and record.old(now) and mine
             if late and now >= self._told_at + limit:
                 self._told_at = now
@@ -226,7 +226,7 @@ class Prober:
                     "probed without pauses, at the cost of tenants. Serve fewer models, add "
                     "replicas, or raise --max-age (now %.0f s)",
                     record.model,
-                    (now - (record.cleared_at or 0.0)) / 60,
+                    (now - proved) / 60,
                     limit,
                 )
 

@@ -32,6 +32,8 @@ _published = sa.Table(
     sa.Column("files", sa.Text, nullable=False),
 )
 
+_base = sa.Table("served_base", _tables, sa.Column("weights", sa.String(64), primary_key=True))
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -114,6 +116,29 @@ class Registry:
         """A model is gone, and its artifact with it."""
         with self._engine.begin() as connection:
             connection.execute(_published.delete().where(_published.c.model == model))
+
+    def base(self) -> str | None:
+        """The base weights on which everything here was judged; None: nobody said so yet."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(_base.c.weights)).scalar()
+
+    def set_base(self, weights: str) -> None:
+        """From now on everything is judged on these base weights."""
+        with self._engine.begin() as connection:
+            connection.execute(_base.delete())
+            connection.execute(_base.insert().values(weights=weights))
+
+    def directory(self, model: str, weights: str) -> Path | None:
+        """Where an adapter lies that was added by hand; None for every other one."""
+        published = sa.select(_published.c.model).where(
+            _published.c.weights == weights, _published.c.model == model
+        )
+        directory = sa.select(_locations.c.location).where(
+            _locations.c.weights == weights, ~published.exists()
+        )
+        with self._engine.connect() as connection:
+            found = connection.execute(directory).scalar()
+        return None if found is None else Path(found)
 
     def get(self, weights: str) -> Path | Published | None:
         """Where an adapter lies; None for one that was never put."""

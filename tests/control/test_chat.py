@@ -457,6 +457,23 @@ def test_a_restarted_registrar_changes_nothing_and_a_pool_that_forgot_gets_every
     plane.stack.clear(bot)
 
 
+def test_a_quarantined_model_that_was_removed_from_its_pool_comes_back_quarantined(
+    plane: Plane, acme: openai.OpenAI
+) -> None:
+    model, decide = plane.serve(acme), plane.stack.keeper.decide
+    plane.stack.do(decide("quarantine", model, "ann", "reported by a user"))
+    plane.stack.do(decide("retire", model, "ann", "nobody needs it"))
+    plane.make_registrar().look()
+    (record,) = plane.stack.keeper.gate.versions(model)
+    assert (record.state, record.condemned) == ("quarantined", True)
+    plane.stack.settle()
+    with pytest.raises(openai.InternalServerError, match="reported by a user"):
+        acme.chat.completions.create(model=model, **BRIEF)
+    acme.models.delete(model)  # which is the way
+    plane.registrar.look()
+    assert plane.stack.keeper.gate.versions(model) == []
+
+
 class Pool:
     """A serving pool of which a test plays what it says. An ASGI application."""
 
