@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.artifacts import ArtifactStore
 from cluster.controller import sweep
@@ -30,7 +30,7 @@ from cluster.controller.tasks import NotOffered, task_of
 from cluster.controller.transitions import close_attempt, fail, leave, new_attempt
 from cluster.metrics import Recorder
 from cluster.settings import Settings
-from cluster.state import Database
+from cluster.state import UNAVAILABLE, Database
 from cluster.state.models import Stage
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,10 @@ class Controller:
             try:
                 self.tick()
                 pause = self._options.tick_s
-            except DBAPIError as error:
+            except UNAVAILABLE as error:
                 pause = min(5.0, 2 * pause)
-                log.warning("the database does not answer (%s)", type(error.orig).__name__)
+                why = type(getattr(error, "orig", error)).__name__
+                log.warning("the database does not answer (%s)", why)
             except Exception:
                 pause = min(5.0, 2 * pause)
                 log.exception("a round failed; the next one comes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -17,6 +18,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import select
 
 from cluster.controller.phases import FINAL, WAITING, after
@@ -651,6 +653,43 @@ def test_a_database_that_is_gone_is_503_and_comes_back(lite: Api) -> None:
     path.rmdir()
     hidden.rename(path)
     assert client.files.list().data == []
+
+
+def test_a_database_that_hangs_is_503_and_says_when_to_come_again(
+    lite: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, writers = lite.tenant("ten_a"), lite.database._writers
+    job = submit(client)
+    monkeypatch.setattr(writers, "_timeout_s", 0.01)
+    path = f"/v1/fine_tuning/jobs/{job.id}/cancel"
+    with writers:  # somebody writes and does not end
+        answer = raw(lite, "POST", path, client.api_key)
+    assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
+    assert answer.json()["error"]["code"] == "unavailable"
+    pool: Any = lite.database.engine.pool
+    monkeypatch.setattr(pool, "_timeout", 0.01)
+    with contextlib.ExitStack() as held:
+        for _ in range(32):
+            held.enter_context(lite.database.engine.connect())
+        for path in ("/v1/files", "/healthz"):
+            answer = raw(lite, "GET", path, client.api_key)
+            assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
+    assert raw(lite, "GET", "/healthz", client.api_key).status_code == 200
+
+
+def test_a_schema_of_another_version_is_503_and_not_looked_up_anew_each_time(
+    lite: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def healthz() -> int:
+        return httpx2.get(f"{lite.url}/healthz").status_code
+
+    assert healthz() == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", lambda config: pytest.fail("read again"))
+        assert healthz() == 200
+    with lite.database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'other'")
+    assert healthz() == 503
 
 
 def test_files_are_kept_in_s3_and_an_s3_that_fails_is_503(
