@@ -21,13 +21,15 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import select
 
+from cluster.api.files import _announce
 from cluster.controller.phases import FINAL, WAITING, after
 from cluster.events import add_event
 from cluster.settings import BaseModelOffer, Price, Settings
 from cluster.state import Database
 from cluster.state.models import ApiKey, AuditEntry, File, Job, PublishedModel, Stage, Tenant
 from cluster.tenancy.audit import entries, verify
-from cluster.tenancy.quotas import RateLimiter
+from cluster.tenancy.keys import authenticate_all
+from cluster.tenancy.quotas import QuotaExceeded, RateLimiter
 from tests.control.server import Api, running_api
 
 ROWS = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
@@ -463,9 +465,9 @@ def test_quotas_and_rates_are_429_with_what_to_do(lite: Api) -> None:
     with pytest.raises(openai.RateLimitError, match="max_open_jobs") as caught:
         submit(client)
     assert caught.value.code == "insufficient_quota"
-    with pytest.raises(openai.APIStatusError, match="more than") as too_much:
+    with pytest.raises(openai.RateLimitError, match="max_storage_bytes") as too_much:
         client.files.create(file=b"x" * 100, purpose="fine-tune")
-    assert too_much.value.status_code == 413
+    assert too_much.value.code == "insufficient_quota"
     statuses = [raw(lite, "GET", "/v1/files", client.api_key).status_code for _ in range(15)]
     assert (statuses[0], statuses[-1]) == (200, 429)
     assert raw(lite, "GET", "/v1/files", client.api_key).headers["Retry-After"] == "1"
@@ -625,6 +627,74 @@ def test_an_upload_that_stops_is_given_up_and_one_that_breaks_leaves_nothing(lit
                 break
         time.sleep(0.02)
     _nothing_left(lite)
+
+
+def _begun(api: Api, key: str, *framing: str) -> http.client.HTTPConnection:
+    """An upload whose file has begun; it reserves room when that has been read."""
+    connection = http.client.HTTPConnection(api.url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("Authorization", f"Bearer {key}")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=BB")
+    connection.putheader(*framing)
+    body = _form(PURPOSE, ("file", "a", b"begins"), end=False)[0]
+    connection.endheaders()
+    connection.send(b"%x\r\n%b\r\n" % (len(body), body) if "chunked" in framing else body)
+    return connection
+
+
+def _until_stored(api: Api, key: str, wanted: int) -> None:
+    """Nothing but looking tells what the server has read."""
+    until = time.monotonic() + 60
+    while raw(api, "GET", "/v1/safety/usage", key).json()["stored_bytes"] != wanted:
+        assert time.monotonic() < until, "that is never what is stored"
+        time.sleep(0.02)
+
+
+def test_an_upload_under_way_has_its_room_reserved_and_one_that_breaks_gives_it_back(
+    api: Api,
+) -> None:
+    client = api.tenant("ten_a", max_storage_bytes=1_000_000)
+    first = _begun(api, client.api_key, "Content-Length", "700000")
+    _until_stored(api, client.api_key, 700_000)
+    with pytest.raises(openai.RateLimitError, match="wait for the uploads") as caught:
+        client.files.create(file=b"x" * 400_000, purpose="fine-tune")
+    assert caught.value.code == "insufficient_quota"
+    assert client.files.create(file=b"x" * 100_000, purpose="fine-tune").bytes == 100_000
+    assert first.sock is not None
+    first.sock.shutdown(socket.SHUT_RDWR)
+    first.close()
+    _until_stored(api, client.api_key, 100_000)
+    assert client.files.create(file=b"x" * 899_000, purpose="fine-tune").bytes == 899_000
+    _until_stored(api, client.api_key, 999_000)
+
+
+def test_an_upload_of_unknown_length_reserves_what_it_may_have_and_keeps_what_it_has(
+    api: Api,
+) -> None:
+    client = api.tenant("ten_a", max_storage_bytes=1_000_000)
+    first = _begun(api, client.api_key, "Transfer-Encoding", "chunked")
+    _until_stored(api, client.api_key, 1_000_000)
+    with pytest.raises(openai.RateLimitError, match="max_storage_bytes"):
+        client.files.create(file=ROWS, purpose="fine-tune")
+    first.send(b"6\r\n--BB--\r\n0\r\n\r\n")
+    assert json.loads(first.getresponse().read())["bytes"] == len(b"begins")
+    assert client.files.create(file=ROWS, purpose="fine-tune").bytes == len(ROWS)
+    _until_stored(api, client.api_key, len(b"begins" + ROWS))
+
+
+def test_uploads_that_begin_at_once_reserve_no_more_than_there_is(api: Api) -> None:
+    key = api.tenant("ten_a", max_storage_bytes=1000).api_key
+    [caller] = authenticate_all(api.database, [key], 1.0)
+    assert caller is not None
+
+    def begin(number: int) -> int:
+        try:
+            return _announce(api.services, caller, f"file-{number}", 300)[1]
+        except QuotaExceeded:
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(begin, range(8))) == [0, 0, 0, 0, 100, 300, 300, 300]
 
 
 def test_bodies_are_bounded_whatever_their_headers_say(lite: Api) -> None:
