@@ -19,7 +19,7 @@ import httpx2
 import openai
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from cluster.api.files import _announce
 from cluster.controller.phases import FINAL, WAITING, after
@@ -29,7 +29,8 @@ from cluster.state import Database
 from cluster.state.models import ApiKey, AuditEntry, File, Job, PublishedModel, Stage, Tenant
 from cluster.tenancy.audit import entries, verify
 from cluster.tenancy.keys import authenticate_all
-from cluster.tenancy.quotas import QuotaExceeded, RateLimiter
+from cluster.tenancy.quotas import RateLimiter, storage_left
+from tests.control.rows import file_row
 from tests.control.server import Api, running_api
 
 ROWS = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
@@ -682,19 +683,31 @@ def test_an_upload_of_unknown_length_reserves_what_it_may_have_and_keeps_what_it
     _until_stored(api, client.api_key, len(b"begins" + ROWS))
 
 
-def test_uploads_that_begin_at_once_reserve_no_more_than_there_is(api: Api) -> None:
+def test_an_upload_that_begins_while_another_reserves_its_room_waits_for_it(api: Api) -> None:
     key = api.tenant("ten_a", max_storage_bytes=1000).api_key
     [caller] = authenticate_all(api.database, [key], 1.0)
     assert caller is not None
+    waiting = text(
+        "SELECT 1 FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
 
-    def begin(number: int) -> int:
-        try:
-            return _announce(api.services, caller, f"file-{number}", 300)[1]
-        except QuotaExceeded:
-            return 0
+    def waits() -> bool:
+        if api.database.is_sqlite:
+            return len(api.database._writers._waiting) > 0
+        return bool(api.database.rows(waiting, {}))
 
-    with ThreadPoolExecutor(8) as pool:
-        assert sorted(pool.map(begin, range(8))) == [0, 0, 0, 0, 100, 300, 300, 300]
+    with ThreadPoolExecutor(1) as pool:
+        with api.database.tenant("ten_a") as session:
+            assert storage_left(session) == 1000
+            session.add(file_row("ten_a", "file-1", sha256=None, bytes=900))
+            session.flush()
+            begun = pool.submit(_announce, api.services, caller, "file-2", 300)
+            until = time.monotonic() + 60
+            while not begun.done() and not waits():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        assert begun.result(60)[1] == 100
 
 
 def test_bodies_are_bounded_whatever_their_headers_say(lite: Api) -> None:
