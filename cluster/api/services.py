@@ -54,7 +54,7 @@ class Services:
         Raises:
             SafeftError: something is not there; the message says what.
         """
-        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        settings.make_home()
         database = Database(settings.database_url)
         database.migrate()
         return cls(
