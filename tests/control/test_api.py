@@ -20,7 +20,9 @@ import openai
 import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import select, text
+from sqlalchemy.exc import TimeoutError as NoTurn
 
+from cluster.api import events
 from cluster.api.files import _announce
 from cluster.controller.phases import FINAL, WAITING, after
 from cluster.events import add_event
@@ -257,6 +259,46 @@ def test_a_stream_ends_with_the_key(lite: Api) -> None:
         with lite.database.system() as session:
             session.scalars(select(ApiKey)).one().revoked_at = 2.0
         assert any(line == "event: error" for line in lines)
+
+
+@pytest.mark.parametrize("end", ["left", "finished", "failed"])
+def test_a_tenants_streams_are_bounded_and_each_is_given_back_however_it_ends(
+    lite: Api, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(events, "_MOST_STREAMS", 2)
+    clients = [lite.tenant(tenant) for tenant in ("ten_a", "ten_b")]
+    jobs = [submit(client).id for client in clients]
+
+    def follow(tenant: int) -> contextlib.AbstractContextManager[httpx2.Response]:
+        path = f"{lite.url}/v1/fine_tuning/jobs/{jobs[tenant]}/events?stream=true"
+        headers = {"Authorization": f"Bearer {clients[tenant].api_key}"}
+        return httpx2.stream("GET", path, headers=headers, timeout=60)
+
+    def failed(*_: object) -> None:
+        raise NoTurn("no connection came free")
+
+    with contextlib.ExitStack() as mine:
+        answers = [mine.enter_context(follow(0)) for _ in range(2)]
+        with follow(0) as refused:
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
+            told = json.loads(refused.read())["error"]
+        assert told["code"] == "too_many_streams" and "2 event streams are open" in told["message"]
+        with follow(1) as other:
+            assert other.status_code == 200
+        if end == "finished":
+            finish(lite, jobs[0], "succeeded")
+            assert all(list(answer.iter_lines())[-2] == "data: [DONE]" for answer in answers)
+        elif end == "failed":
+            monkeypatch.setattr(events, "_after", failed)
+            for answer in answers:
+                with pytest.raises(httpx2.RemoteProtocolError):
+                    answer.read()
+    until = time.monotonic() + 60
+    while lite.services.streams:  # the server notices a closed connection on its own time
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with follow(0) as again:
+        assert again.status_code == 200
 
 
 def test_nothing_of_another_tenant_exists(api: Api) -> None:
