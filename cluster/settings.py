@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jobs.strict_yaml import read_yaml
 from safeft.cache import cache_root
-from safeft.errors import SpecError
+from safeft.errors import InputError, SpecError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
 
@@ -123,6 +123,24 @@ class Settings(_Part):
     def work(self) -> Path:
         """Where the stages of each job keep what they are working on."""
         return self.home.absolute() / "work"
+
+    def make_home(self) -> None:
+        """Make `home` and close it to all other users, also one that was made with the umask.
+
+        Called where a process starts: what is made in it later has the umask's mode.
+
+        Raises:
+            InputError: it cannot be made, or belongs to somebody else and is open.
+        """
+        try:
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.home.stat().st_mode & 0o077:
+                self.home.chmod(0o700)
+        except OSError as error:
+            raise InputError(
+                f"home: {self.home} cannot be made ours alone ({error.strerror}); name a "
+                "directory that this user can make"
+            ) from error
 
     def serving_state(self, base_model: str) -> Path:
         """Where the pool that serves a base model keeps its gate's state and its tokens."""

@@ -156,6 +156,16 @@ def test_no_server_no_token_and_a_wrong_token_name_the_way_out(
     assert "token is needed" in str(wrong.exception)
 
 
+def test_the_administrators_token_goes_to_the_pool_and_to_no_proxy(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(Admin(stack.url, TOKEN).get("models"), list)
+
+
 def test_up_refuses_what_it_cannot_do(tiny_dir: Path, tmp_path: Path) -> None:
     plane = tmp_path / "plane.yaml"
     plane.write_text("base_models: {mine: {source: x}}")

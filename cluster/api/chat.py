@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sqlalchemy.exc import DBAPIError
 from starlette.concurrency import run_in_threadpool
 
 from cluster.api.auth import Chatter, Credentials, known_caller
@@ -20,6 +19,7 @@ from cluster.api.pools import Pool, passed_on, unavailable
 from cluster.api.services import Services, With
 from cluster.api_errors import ApiError
 from cluster.serving.front import FRONT_TOKEN
+from cluster.state import UNAVAILABLE
 from cluster.state.models import PublishedModel
 from cluster.tenancy import quotas
 from cluster.tenancy.keys import Caller
@@ -78,7 +78,7 @@ async def _answered(
     async def still_allowed() -> None:  # a key that is revoked reads nothing more
         try:
             await known_caller(services, credentials)
-        except DBAPIError as error:
+        except UNAVAILABLE as error:
             raise told(error) from error
 
     return await passed_on(services.pools, pool, request, body, count, still_allowed)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from cluster import api_errors
 from cluster.api_errors import ApiError, invalid_request
 from cluster.artifacts import ArtifactMissing, ArtifactTooLarge, ArtifactUnavailable
+from cluster.state import UNAVAILABLE, DatabaseError
 from cluster.tenancy.quotas import QuotaExceeded
 from safeft.errors import InputError
 
@@ -57,8 +58,9 @@ def told(error: Exception) -> ApiError:
         return invalid(str(error), named[1] if named else None)
     if isinstance(error, DataError):  # such as a NUL, which PostgreSQL has no place for
         return invalid("The request holds a value that cannot be looked up or stored")
-    if isinstance(error, (ArtifactUnavailable, DBAPIError)):
-        log.error("unavailable: %s", type(error).__name__)
+    if isinstance(error, (ArtifactUnavailable, *UNAVAILABLE)):
+        why = str(error) if isinstance(error, DatabaseError) else type(error).__name__
+        log.error("unavailable: %s", why)
         return ApiError(
             503,
             "A part of the service does not answer; try again",
@@ -71,4 +73,4 @@ def told(error: Exception) -> ApiError:
 
 def install(app: FastAPI, shown: Callable[[Request, ApiError], Response] | None = None) -> None:
     """Answer every exception in OpenAI's shape, or as `shown` makes it."""
-    api_errors.install(app, told, DBAPIError, ClientDisconnect, shown=shown)
+    api_errors.install(app, told, *UNAVAILABLE, ClientDisconnect, shown=shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from cluster.api.auth import Credentials, JobsReader, known_caller
 from cluster.api.errors import invalid
@@ -26,6 +28,7 @@ from cluster.tenancy.keys import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 _BATCH = 100
+_MOST_STREAMS = 50  # of a tenant at a time, in this process
 _STILL_HERE_S = 15.0  # a comment so often, so that nothing between us closes a quiet connection
 
 
@@ -42,7 +45,8 @@ def list_events(
 ) -> Response:
     """The job's events, newest first; with `stream=true` as server-sent events, oldest first.
 
-    The stream goes on after `Last-Event-ID` (or `after`) and ends when the job has.
+    The stream goes on after `Last-Event-ID` (or `after`) and ends when the job has. A tenant may
+    have 50 open at a time.
     """
     number = _number(job_id, after, "after")
     with services.database.tenant_read(caller.tenant_id) as session:
@@ -55,11 +59,37 @@ def list_events(
             found = [event_object(event) for event in session.scalars(query)]
             return JSONResponse(listed(found[:limit], len(found) > limit))
     begin = _number(job_id, last_event_id, "Last-Event-ID") or number or 0
-    return StreamingResponse(
-        _follow(services, credentials, job_id, begin),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    return _Stream(
+        services.streams, caller.tenant_id, _follow(services, credentials, job_id, begin)
     )
+
+
+class _Stream(StreamingResponse):
+    """One of the few that a tenant may have open: each looks into the database again and again.
+
+    Counted while it is sent and not before, so that it is given back however it ends.
+    """
+
+    def __init__(self, streams: Counter[str], tenant: str, content: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._streams, self._tenant = streams, tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._streams[self._tenant] >= _MOST_STREAMS:
+            raise ApiError(
+                429,
+                f"{_MOST_STREAMS} event streams are open; close one, or ask without `stream`",
+                code="too_many_streams",
+                headers={"Retry-After": "5"},
+            )
+        self._streams[self._tenant] += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams[self._tenant] -= 1
+            if not self._streams[self._tenant]:
+                del self._streams[self._tenant]
 
 
 def _number(job_id: str, event: str | None, param: str) -> int | None:

@@ -19,7 +19,7 @@ from cluster.api.paging import After, Order, listed, page
 from cluster.api.services import Services, With
 from cluster.api.upload import Form, receive
 from cluster.api_errors import ApiError
-from cluster.artifacts import ArtifactWriter, Stored
+from cluster.artifacts import ArtifactTooLarge, ArtifactWriter, Stored
 from cluster.artifacts.names import file_key
 from cluster.controller.phases import FINAL
 from cluster.state import TenantSession
@@ -31,6 +31,10 @@ from cluster.tenancy.keys import Caller
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160)])
+_NO_ROOM = (
+    "max_storage_bytes: the file does not fit beside your other ones and those that are being "
+    "uploaded; delete files, or wait for the uploads"
+)
 _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
@@ -56,13 +60,14 @@ async def upload(
 ) -> dict[str, Any]:
     """Upload a dataset. It is hashed on its way into the store and never rests in between."""
     file_id = new_id("file")
+    most = room = _most(request, services)
     with ExitStack() as stack:
 
         async def begin() -> ArtifactWriter:
-            row = await run_in_threadpool(_announce, services, caller, file_id)
+            nonlocal room
+            key, room = await run_in_threadpool(_announce, services, caller, file_id, most)
             stack.callback(_forget, services, caller, file_id)
-            room, most = row[1], services.settings.max_upload_bytes
-            return stack.enter_context(services.store.writer(row[0], min(room, most)))
+            return stack.enter_context(services.store.writer(key, room))
 
         try:
             form, writer = await receive(request, begin, services.upload_idle_s)
@@ -77,25 +82,39 @@ async def upload(
             )
             if new:
                 stack.pop_all()  # the file stays
+        except ArtifactTooLarge as error:
+            if room < most:
+                raise quotas.QuotaExceeded(_NO_ROOM) from error
+            raise
         finally:
             await run_in_threadpool(stack.close)
     return found
 
 
-def _announce(services: Services, caller: Caller, file_id: str) -> tuple[str, int]:
-    """A row before the first byte, so that what a killed server leaves in the store is known."""
+def _most(request: Request, services: Services) -> int:
+    """Bytes that the file can have. Nobody reserves more: others of the tenant upload, too."""
+    most, length = services.settings.max_upload_bytes, request.headers.get("content-length", "")
+    return min(most, int(length)) if length.isdecimal() else most
+
+
+def _announce(services: Services, caller: Caller, file_id: str, most: int) -> tuple[str, int]:
+    """A row before the first byte, so that what a killed server leaves in the store is known.
+
+    Its `bytes` are what the upload may store, reserved until it ends: uploads at the same time
+    store no more than the tenant may have, either.
+    """
     key = file_key(caller.tenant_id, file_id)
     with services.database.tenant(caller.tenant_id) as session:
-        room = quotas.storage_left(session)
+        room = min(most, quotas.storage_left(session))
         if room == 0:
-            raise quotas.QuotaExceeded("max_storage_bytes: all of it is used; delete files")
+            raise quotas.QuotaExceeded(_NO_ROOM)
         session.add(
             File(
                 id=file_id,
                 tenant_id=caller.tenant_id,
                 filename="",
                 purpose="",
-                bytes=0,
+                bytes=room,
                 key=key,
                 created_at=services.clock(),
             )
@@ -136,8 +155,8 @@ def _accept(
     now = services.clock()
 
     def effect(session: TenantSession) -> dict[str, Any]:
-        if stored.bytes > quotas.storage_left(session, lock=True):
-            raise quotas.QuotaExceeded("max_storage_bytes: the file does not fit; delete files")
+        if stored.bytes > quotas.storage_left(session, besides=file_id):
+            raise quotas.QuotaExceeded(_NO_ROOM)
         row = session.get(File, file_id)
         if row is None or row.deleted_at is not None:
             raise ApiError(408, "The upload took too long and was given up; upload it again")

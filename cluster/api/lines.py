@@ -7,6 +7,7 @@ others are being served waits in a line, and the whole line is served next.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -76,11 +77,23 @@ class Lines(Generic[Item, Found]):
                 if future.done():  # nobody waits for it any more
                     continue
                 if isinstance(one, BaseException):
-                    future.set_exception(one)
+                    future.set_exception(_own(one))
                 else:
                     future.set_result(one)
         finally:
             _give_up(line)
+
+
+def _own(error: BaseException) -> BaseException:
+    """The error for one request: each that raises it adds its traceback and context to it."""
+    try:
+        mine = copy.copy(error)
+    except Exception:  # noqa: BLE001  (whatever its class raises there)
+        return error
+    if mine.args != error.args:  # its class makes the message of what it is given
+        return error
+    mine.__cause__ = error
+    return mine
 
 
 def _give_up(line: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:

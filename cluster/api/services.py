@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -34,6 +35,7 @@ class Services:
     rates: RateLimiter = field(default_factory=RateLimiter)
     event_poll_s: float = 0.5
     upload_idle_s: float = 60.0
+    streams: Counter[str] = field(default_factory=Counter)  # of events, open, by tenant
     pools: httpx.AsyncClient = field(default_factory=pool_client)
     meter: Meter = field(init=False)
     submissions: Submissions = field(init=False)
@@ -54,7 +56,7 @@ class Services:
         Raises:
             SafeftError: something is not there; the message says what.
         """
-        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        settings.make_home()
         database = Database(settings.database_url)
         database.migrate()
         return cls(

@@ -130,7 +130,9 @@ def bootstrap(settings: Settings = None) -> None:
     from cluster.state import Database
     from cluster.tenancy.bootstrap import first_key
 
-    database = Database(load_settings(settings).database_url)
+    found = load_settings(settings)
+    found.make_home()
+    database = Database(found.database_url)
     database.migrate()
     typer.echo(first_key(database, time.time()))
 

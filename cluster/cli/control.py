@@ -89,7 +89,9 @@ def migrate(settings: Settings = None) -> None:
     from cluster.settings import load_settings
     from cluster.state import Database
 
-    found = Database(load_settings(settings).database_url)
+    loaded = load_settings(settings)
+    loaded.make_home()
+    found = Database(loaded.database_url)
     found.migrate()
     found.require_current()
     out.print(f"{found.shown} has this version's schema")

@@ -196,6 +196,7 @@ def _place(settings: Path | None, model: str | None) -> _Place:
         raise InputError(f"--model: name a base model that {settings} has served ({names})")
     offer = served[model]
     address = urlsplit(offer.serving or "")
+    found.make_home()
     return _Place(
         source=offer.source,
         name=model,

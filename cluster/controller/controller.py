@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.artifacts import ArtifactStore
 from cluster.controller import sweep
@@ -24,13 +24,13 @@ from cluster.controller.admission import Queue, admit_waiting, somebody_waits
 from cluster.controller.apply import Applied, Rules, apply
 from cluster.controller.claims import ClaimLost, Claims
 from cluster.controller.numbers import JobNumbers
-from cluster.controller.phases import STAGES
+from cluster.controller.phases import FINAL, STAGES
 from cluster.controller.runner import RunnerUnavailable, StageRunner, StageTask, actor_name
 from cluster.controller.tasks import NotOffered, task_of
-from cluster.controller.transitions import fail, leave
+from cluster.controller.transitions import close_attempt, fail, leave, new_attempt
 from cluster.metrics import Recorder
 from cluster.settings import Settings
-from cluster.state import Database
+from cluster.state import UNAVAILABLE, Database
 from cluster.state.models import Stage
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,10 @@ class Controller:
             try:
                 self.tick()
                 pause = self._options.tick_s
-            except DBAPIError as error:
+            except UNAVAILABLE as error:
                 pause = min(5.0, 2 * pause)
-                log.warning("the database does not answer (%s)", type(error.orig).__name__)
+                why = type(getattr(error, "orig", error)).__name__
+                log.warning("the database does not answer (%s)", why)
             except Exception:
                 pause = min(5.0, 2 * pause)
                 log.exception("a round failed; the next one comes")
@@ -186,12 +187,17 @@ class Controller:
             self._runner.stop(name)
             with self._claims.guarded(job_id, token) as (session, job):
                 stage = session.get_one(Stage, (job.id, job.attempt))
-                leave(session, job, "cancel" if wish == "cancel" else "pause", self._clock())
-                final = wish == "cancel"
+                now = self._clock()
+                # What is wished by now: it may have been changed while the actor was stopped.
+                if job.wish is None:
+                    close_attempt(session, job, "pause", now)
+                    new_attempt(session, job, now)
+                else:
+                    leave(session, job, "cancel" if job.wish == "cancel" else "pause", now)
             self._numbers.looked_at(job, stage, None)
-            if final:
+            if job.phase in FINAL:
                 self._clean(job_id)
-            return False
+            return job.phase in STAGES
         if task is not None:
             self._start(task, token)
         report = self._runner.poll(name, seen)

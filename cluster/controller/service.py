@@ -49,6 +49,7 @@ def run_controller(
     from cluster.controller.actors import ActorRunner
     from cluster.controller.ray_watch import watched_ray
 
+    settings.make_home()
     database = Database(settings.database_url)
     database.require_current()
     store = open_store(settings.artifacts_url)

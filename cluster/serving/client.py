@@ -67,6 +67,7 @@ class Admin:
                 f"{self._url}/admin/{path}",
                 headers=self._headers,
                 timeout=_TIMEOUT_S,
+                trust_env=False,  # the token is for the pool, and for no proxy
                 **what,
             )
         return _answer(response)

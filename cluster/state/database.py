@@ -6,6 +6,7 @@ import select
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, TimeoutError
 from sqlalchemy.orm import Session
 
 from cluster.state.group_commit import GroupCommit
@@ -54,6 +55,10 @@ _WRITERS = 2
 
 class DatabaseError(SafeftError):
     """The database is not there, or has another schema than this version."""
+
+
+#: The database failed, no connection or turn to write came free in time, or it is not as it should.
+UNAVAILABLE = (DBAPIError, TimeoutError, DatabaseError)
 
 
 class Database:
@@ -123,7 +128,7 @@ class Database:
 
         Several processes may do so at once.
         """
-        current = _script().get_current_head()
+        current = _head()
         with self.engine.begin() as connection:
             if not self.is_sqlite:
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
@@ -142,12 +147,13 @@ class Database:
 
     def require_current(self) -> None:
         """Raise DatabaseError unless the schema is this version's."""
-        wanted = _script().get_current_head()
+        wanted = _head()
         try:
             with self.engine.connect() as connection:
                 found = MigrationContext.configure(connection).get_current_revision()
-        except DBAPIError as error:
-            raise DatabaseError(f"{self.shown}: cannot be reached ({error.orig})") from error
+        except (DBAPIError, TimeoutError) as error:
+            why = error.orig if isinstance(error, DBAPIError) else error
+            raise DatabaseError(f"{self.shown}: cannot be reached ({why})") from error
         if found != wanted:
             raise DatabaseError(
                 f"{self.shown}: its schema is {found or 'empty'}, this version needs {wanted}; "
@@ -244,5 +250,6 @@ def _config() -> Config:
     return config
 
 
-def _script() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
+@cache  # it reads every migration, and whoever asks for our health asks for it
+def _head() -> str | None:
+    return ScriptDirectory.from_config(_config()).get_current_head()

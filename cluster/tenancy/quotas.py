@@ -64,20 +64,19 @@ def check_submit(tenant: Row[Any], used: Usage, besides: int = 0) -> None:
         )
 
 
-def storage_left(session: TenantSession, *, lock: bool = False) -> int:
-    """Bytes that the tenant may still store."""
-    limit = (
-        session.rows(LOCKED).one().max_storage_bytes
-        if lock
-        else session.scalars(select(Tenant.max_storage_bytes)).one()
-    )
-    return max(0, int(limit) - stored_bytes(session))
+def storage_left(session: TenantSession, besides: str | None = None) -> int:
+    """Bytes that the tenant may still store; for the file `besides`, in place of what it has."""
+    limit = session.rows(LOCKED).one().max_storage_bytes
+    return max(0, int(limit) - stored_bytes(session, besides))
 
 
-def stored_bytes(session: TenantSession) -> int:
-    """Bytes of the tenant's files; more than it may have, where that was lowered since."""
-    used = session.scalars(select(func.sum(File.bytes)).where(File.deleted_at.is_(None))).one()
-    return int(used or 0)
+def stored_bytes(session: TenantSession, besides: str | None = None) -> int:
+    """Bytes of the tenant's files, without one of them, and what uploads under way have reserved;
+    more than it may have, where that was lowered since."""
+    counted = select(func.sum(File.bytes)).where(File.deleted_at.is_(None))
+    if besides is not None:
+        counted = counted.where(File.id != besides)
+    return int(session.scalars(counted).one() or 0)
 
 
 def gpu_seconds(session: Session, tenant_id: str, job_id: str | None = None) -> float:

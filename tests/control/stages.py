@@ -86,6 +86,7 @@ class MemoryRunner:
         self.down = False
         self.on_start: Callable[[StageTask], None] = lambda task: None
         self.on_poll: Callable[[str], None] = lambda name: None
+        self.on_stop: Callable[[str], None] = lambda name: None
 
     def start(self, task: StageTask) -> None:
         self._check()
@@ -107,6 +108,7 @@ class MemoryRunner:
 
     def stop(self, name: str) -> None:
         self._check()
+        self.on_stop(name)
         self.stopped.append(name)
         self.tasks.pop(name, None)
 

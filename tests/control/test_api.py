@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -17,15 +18,21 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from sqlalchemy import select
+from alembic.script import ScriptDirectory
+from sqlalchemy import select, text
+from sqlalchemy.exc import TimeoutError as NoTurn
 
+from cluster.api import events
+from cluster.api.files import _announce
 from cluster.controller.phases import FINAL, WAITING, after
 from cluster.events import add_event
 from cluster.settings import BaseModelOffer, Price, Settings
 from cluster.state import Database
 from cluster.state.models import ApiKey, AuditEntry, File, Job, PublishedModel, Stage, Tenant
 from cluster.tenancy.audit import entries, verify
-from cluster.tenancy.quotas import RateLimiter
+from cluster.tenancy.keys import authenticate_all
+from cluster.tenancy.quotas import RateLimiter, storage_left
+from tests.control.rows import file_row
 from tests.control.server import Api, running_api
 
 ROWS = b'{"messages": [{"role": "user", "content": "hi"}]}\n'
@@ -254,6 +261,46 @@ def test_a_stream_ends_with_the_key(lite: Api) -> None:
         assert any(line == "event: error" for line in lines)
 
 
+@pytest.mark.parametrize("end", ["left", "finished", "failed"])
+def test_a_tenants_streams_are_bounded_and_each_is_given_back_however_it_ends(
+    lite: Api, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(events, "_MOST_STREAMS", 2)
+    clients = [lite.tenant(tenant) for tenant in ("ten_a", "ten_b")]
+    jobs = [submit(client).id for client in clients]
+
+    def follow(tenant: int) -> contextlib.AbstractContextManager[httpx2.Response]:
+        path = f"{lite.url}/v1/fine_tuning/jobs/{jobs[tenant]}/events?stream=true"
+        headers = {"Authorization": f"Bearer {clients[tenant].api_key}"}
+        return httpx2.stream("GET", path, headers=headers, timeout=60)
+
+    def failed(*_: object) -> None:
+        raise NoTurn("no connection came free")
+
+    with contextlib.ExitStack() as mine:
+        answers = [mine.enter_context(follow(0)) for _ in range(2)]
+        with follow(0) as refused:
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
+            told = json.loads(refused.read())["error"]
+        assert told["code"] == "too_many_streams" and "2 event streams are open" in told["message"]
+        with follow(1) as other:
+            assert other.status_code == 200
+        if end == "finished":
+            finish(lite, jobs[0], "succeeded")
+            assert all(list(answer.iter_lines())[-2] == "data: [DONE]" for answer in answers)
+        elif end == "failed":
+            monkeypatch.setattr(events, "_after", failed)
+            for answer in answers:
+                with pytest.raises(httpx2.RemoteProtocolError):
+                    answer.read()
+    until = time.monotonic() + 60
+    while lite.services.streams:  # the server notices a closed connection on its own time
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with follow(0) as again:
+        assert again.status_code == 200
+
+
 def test_nothing_of_another_tenant_exists(api: Api) -> None:
     mine, other = api.tenant("ten_a"), api.tenant("ten_b")
     job = submit(other)
@@ -467,9 +514,9 @@ def test_quotas_and_rates_are_429_with_what_to_do(lite: Api) -> None:
     with pytest.raises(openai.RateLimitError, match="max_open_jobs") as caught:
         submit(client)
     assert caught.value.code == "insufficient_quota"
-    with pytest.raises(openai.APIStatusError, match="more than") as too_much:
+    with pytest.raises(openai.RateLimitError, match="max_storage_bytes") as too_much:
         client.files.create(file=b"x" * 100, purpose="fine-tune")
-    assert too_much.value.status_code == 413
+    assert too_much.value.code == "insufficient_quota"
     statuses = [raw(lite, "GET", "/v1/files", client.api_key).status_code for _ in range(15)]
     assert (statuses[0], statuses[-1]) == (200, 429)
     assert raw(lite, "GET", "/v1/files", client.api_key).headers["Retry-After"] == "1"
@@ -631,6 +678,86 @@ def test_an_upload_that_stops_is_given_up_and_one_that_breaks_leaves_nothing(lit
     _nothing_left(lite)
 
 
+def _begun(api: Api, key: str, *framing: str) -> http.client.HTTPConnection:
+    """An upload whose file has begun; it reserves room when that has been read."""
+    connection = http.client.HTTPConnection(api.url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("Authorization", f"Bearer {key}")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=BB")
+    connection.putheader(*framing)
+    body = _form(PURPOSE, ("file", "a", b"begins"), end=False)[0]
+    connection.endheaders()
+    connection.send(b"%x\r\n%b\r\n" % (len(body), body) if "chunked" in framing else body)
+    return connection
+
+
+def _until_stored(api: Api, key: str, wanted: int) -> None:
+    """Nothing but looking tells what the server has read."""
+    until = time.monotonic() + 60
+    while raw(api, "GET", "/v1/safety/usage", key).json()["stored_bytes"] != wanted:
+        assert time.monotonic() < until, "that is never what is stored"
+        time.sleep(0.02)
+
+
+def test_an_upload_under_way_has_its_room_reserved_and_one_that_breaks_gives_it_back(
+    api: Api,
+) -> None:
+    client = api.tenant("ten_a", max_storage_bytes=1_000_000)
+    first = _begun(api, client.api_key, "Content-Length", "700000")
+    _until_stored(api, client.api_key, 700_000)
+    with pytest.raises(openai.RateLimitError, match="wait for the uploads") as caught:
+        client.files.create(file=b"x" * 400_000, purpose="fine-tune")
+    assert caught.value.code == "insufficient_quota"
+    assert client.files.create(file=b"x" * 100_000, purpose="fine-tune").bytes == 100_000
+    assert first.sock is not None
+    first.sock.shutdown(socket.SHUT_RDWR)
+    first.close()
+    _until_stored(api, client.api_key, 100_000)
+    assert client.files.create(file=b"x" * 899_000, purpose="fine-tune").bytes == 899_000
+    _until_stored(api, client.api_key, 999_000)
+
+
+def test_an_upload_of_unknown_length_reserves_what_it_may_have_and_keeps_what_it_has(
+    api: Api,
+) -> None:
+    client = api.tenant("ten_a", max_storage_bytes=1_000_000)
+    first = _begun(api, client.api_key, "Transfer-Encoding", "chunked")
+    _until_stored(api, client.api_key, 1_000_000)
+    with pytest.raises(openai.RateLimitError, match="max_storage_bytes"):
+        client.files.create(file=ROWS, purpose="fine-tune")
+    first.send(b"6\r\n--BB--\r\n0\r\n\r\n")
+    assert json.loads(first.getresponse().read())["bytes"] == len(b"begins")
+    assert client.files.create(file=ROWS, purpose="fine-tune").bytes == len(ROWS)
+    _until_stored(api, client.api_key, len(b"begins" + ROWS))
+
+
+def test_an_upload_that_begins_while_another_reserves_its_room_waits_for_it(api: Api) -> None:
+    key = api.tenant("ten_a", max_storage_bytes=1000).api_key
+    [caller] = authenticate_all(api.database, [key], 1.0)
+    assert caller is not None
+    waiting = text(
+        "SELECT 1 FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+
+    def waits() -> bool:
+        if api.database.is_sqlite:
+            return len(api.database._writers._waiting) > 0
+        return bool(api.database.rows(waiting, {}))
+
+    with ThreadPoolExecutor(1) as pool:
+        with api.database.tenant("ten_a") as session:
+            assert storage_left(session) == 1000
+            session.add(file_row("ten_a", "file-1", sha256=None, bytes=900))
+            session.flush()
+            begun = pool.submit(_announce, api.services, caller, "file-2", 300)
+            until = time.monotonic() + 60
+            while not begun.done() and not waits():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        assert begun.result(60)[1] == 100
+
+
 def test_bodies_are_bounded_whatever_their_headers_say(lite: Api) -> None:
     client = lite.tenant("ten_a")
     path = "/v1/fine_tuning/jobs"
@@ -657,6 +784,43 @@ def test_a_database_that_is_gone_is_503_and_comes_back(lite: Api) -> None:
     path.rmdir()
     hidden.rename(path)
     assert client.files.list().data == []
+
+
+def test_a_database_that_hangs_is_503_and_says_when_to_come_again(
+    lite: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, writers = lite.tenant("ten_a"), lite.database._writers
+    job = submit(client)
+    monkeypatch.setattr(writers, "_timeout_s", 0.01)
+    path = f"/v1/fine_tuning/jobs/{job.id}/cancel"
+    with writers:  # somebody writes and does not end
+        answer = raw(lite, "POST", path, client.api_key)
+    assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
+    assert answer.json()["error"]["code"] == "unavailable"
+    pool: Any = lite.database.engine.pool
+    monkeypatch.setattr(pool, "_timeout", 0.01)
+    with contextlib.ExitStack() as held:
+        for _ in range(32):
+            held.enter_context(lite.database.engine.connect())
+        for path in ("/v1/files", "/healthz"):
+            answer = raw(lite, "GET", path, client.api_key)
+            assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
+    assert raw(lite, "GET", "/healthz", client.api_key).status_code == 200
+
+
+def test_a_schema_of_another_version_is_503_and_not_looked_up_anew_each_time(
+    lite: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def healthz() -> int:
+        return httpx2.get(f"{lite.url}/healthz").status_code
+
+    assert healthz() == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", lambda config: pytest.fail("read again"))
+        assert healthz() == 200
+    with lite.database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'other'")
+    assert healthz() == 503
 
 
 def test_files_are_kept_in_s3_and_an_s3_that_fails_is_503(

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from sqlalchemy.exc import TimeoutError as NoTurn
 from starlette.types import Receive, Scope, Send
 from typer.testing import CliRunner
 
@@ -595,6 +596,30 @@ def test_a_pool_that_dies_in_mid_stream_is_told_and_what_there_was_is_counted(
     headers = {"Authorization": f"Bearer {client.api_key}"}
     found = httpx.get(f"{front.url}/v1/safety/usage", headers=headers).json()["chat"]
     assert found == {"requests": 1, "prompt_tokens": 5, "completion_tokens": 2}
+
+
+def test_a_stream_is_told_that_the_database_gives_nobody_a_turn(
+    front: Api, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.blocks, pool.pause_s = [b'data: {"choices":[]}\n\n'] * 1000, 0.3
+    key = front.tenant("ten_a").api_key
+
+    def hangs(shown: object) -> list[Any]:
+        raise NoTurn("no connection came free")
+
+    lines = []
+    with httpx.stream(
+        "POST",
+        f"{front.url}/v1/chat/completions",
+        json={"model": "base", **BRIEF, "stream": True},
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    ) as response:
+        for line in response.iter_lines():
+            if not lines:
+                monkeypatch.setattr(front.services.callers, "_serve", hangs)
+            lines.append(line)
+    assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
 
 
 def test_a_key_that_is_revoked_reads_no_more_of_a_stream(front: Api, pool: Pool) -> None:

@@ -286,6 +286,37 @@ def test_a_paused_stage_gives_its_room_back_and_goes_on_later(lite: World, stage
     assert [s for _, s, outcome in stages(lite) if outcome == "pause"] == [stage]
 
 
+def _wishes(world: World, first: str, then: str | None) -> None:
+    """While training runs `first` is wished, and `then` while its actor is being stopped."""
+    world.add_job()
+    (world.settings.work / "ftjob-1").mkdir(parents=True)
+    world.runner.script["training"] = Report("running")
+    world.round(3)
+    world.runner.on_stop = lambda name: world.change(wish=then, not_before=world.now)
+    world.change(wish=first, not_before=world.now)
+    world.round()
+    world.runner.on_stop = lambda name: None
+
+
+def test_a_cancellation_while_a_stage_is_being_paused_is_not_lost(world: World) -> None:
+    _wishes(world, "pause", "cancel")
+    job = world.job()
+    assert (job.phase, job.wish, job.resume_phase) == ("cancelled", None, None)
+    assert stages(world)[-1] == (3, "training", "cancel")
+    assert job.finished_at is not None and world.runner.names() == set()
+    assert not (world.settings.work / "ftjob-1").exists()
+
+
+def test_a_job_that_is_resumed_while_its_stage_is_being_paused_goes_on(world: World) -> None:
+    _wishes(world, "pause", None)
+    assert (world.job().phase, world.job().wish) == ("training", None)
+    assert stages(world)[2:] == [(3, "training", "pause"), (4, "training", None)]
+    assert world.runner.names() == {"ftjob-1:training:4"}
+    del world.runner.script["training"]
+    world.round(3)
+    assert world.job().phase == "succeeded"
+
+
 def test_a_controller_that_was_away_too_long_changes_nothing(world: World) -> None:
     """It holds an expired claim while another one moves the job on: what it brings is dropped."""
     world.add_job()

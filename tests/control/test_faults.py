@@ -18,6 +18,7 @@ import httpx2
 import openai
 import pytest
 from sqlalchemy import event, select
+from sqlalchemy.exc import TimeoutError as NoTurn
 
 from cluster.artifacts import ArtifactMissing, ArtifactUnavailable, s3
 from cluster.artifacts.directory import DirectoryStore
@@ -452,6 +453,21 @@ def test_an_upload_during_which_s3_fails_is_503_and_leaves_nothing(
 
 
 # The database.
+
+
+def test_a_controller_that_gets_no_turn_to_write_waits_and_is_no_bug(
+    lite: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = threading.Event()
+
+    def tick() -> None:
+        stop.set()
+        raise NoTurn("no turn came")
+
+    monkeypatch.setattr(lite.controller, "tick", tick)
+    lite.controller.run(stop)
+    found = [(record.levelname, record.message) for record in caplog.records]
+    assert found == [("WARNING", "the database does not answer (TimeoutError)")]
 
 
 @pytest.mark.skipif(binary("initdb") is None, reason="no PostgreSQL here")

@@ -79,6 +79,41 @@ def test_each_gets_its_own_error_and_a_failure_is_everybodys() -> None:
     asyncio.run(story())
 
 
+class TwoThings(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+class Named(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no {name}")
+
+
+@pytest.mark.parametrize(
+    ("error", "copied"),
+    [(RuntimeError("it fell over"), True), (TwoThings("a", "b"), False), (Named("x"), False)],
+)
+def test_each_of_a_line_raises_an_error_of_its_own_that_says_the_same(
+    error: Exception, copied: bool
+) -> None:
+    def fail(line: Sequence[int]) -> list[int]:
+        raise error
+
+    async def story() -> None:
+        lines = Lines(fail)
+        found = await asyncio.gather(
+            *(lines.join("a", number) for number in range(2)), return_exceptions=True
+        )
+        one, other = found
+        assert isinstance(one, type(error)) and isinstance(other, type(error))
+        assert str(one) == str(other) == str(error)
+        assert (one is not other) == copied
+        if copied:
+            assert one.__cause__ is other.__cause__ is error
+
+    asyncio.run(story())
+
+
 def test_a_request_that_is_given_up_holds_nobody_up() -> None:
     async def story() -> None:
         desk = Desk()

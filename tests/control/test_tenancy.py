@@ -317,7 +317,8 @@ def test_storage_counts_files_that_are_not_deleted(database: Database) -> None:
         session.add(file_row(tenant, "a", bytes=60))
         session.add(file_row(tenant, "b", bytes=30, deleted_at=2.0))
     with database.tenant(tenant) as mine:
-        assert quotas.storage_left(mine, lock=True) == 40
+        assert quotas.storage_left(mine) == 40
+        assert quotas.storage_left(mine, besides="a") == 100
 
 
 def test_a_rate_is_kept_for_each_tenant() -> None:
