@@ -8,7 +8,7 @@ import logging
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +598,23 @@ def test_a_pool_that_dies_in_mid_stream_is_told_and_what_there_was_is_counted(
     assert found == {"requests": 1, "prompt_tokens": 5, "completion_tokens": 2}
 
 
+def streamed(front: Api, key: str, at_the_first: Callable[[], object]) -> list[str]:
+    """The lines of a stream, during which something happens."""
+    lines: list[str] = []
+    with httpx.stream(
+        "POST",
+        f"{front.url}/v1/chat/completions",
+        json={"model": "base", **BRIEF, "stream": True},
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    ) as response:
+        for line in response.iter_lines():
+            if not lines:
+                at_the_first()
+            lines.append(line)
+    return lines
+
+
 def test_a_stream_is_told_that_the_database_gives_nobody_a_turn(
     front: Api, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,36 +624,20 @@ def test_a_stream_is_told_that_the_database_gives_nobody_a_turn(
     def hangs(shown: object) -> list[Any]:
         raise NoTurn("no connection came free")
 
-    lines = []
-    with httpx.stream(
-        "POST",
-        f"{front.url}/v1/chat/completions",
-        json={"model": "base", **BRIEF, "stream": True},
-        headers={"Authorization": f"Bearer {key}"},
-        timeout=60,
-    ) as response:
-        for line in response.iter_lines():
-            if not lines:
-                monkeypatch.setattr(front.services.callers, "_serve", hangs)
-            lines.append(line)
+    lines = streamed(
+        front, key, lambda: monkeypatch.setattr(front.services.callers, "_serve", hangs)
+    )
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
 
 
 def test_a_key_that_is_revoked_reads_no_more_of_a_stream(front: Api, pool: Pool) -> None:
     pool.blocks, pool.pause_s = [b'data: {"choices":[]}\n\n'] * 1000, 0.3
     key = front.tenant("ten_a").api_key
-    lines = []
-    with httpx.stream(
-        "POST",
-        f"{front.url}/v1/chat/completions",
-        json={"model": "base", **BRIEF, "stream": True},
-        headers={"Authorization": f"Bearer {key}"},
-        timeout=60,
-    ) as response:
-        for line in response.iter_lines():
-            if not lines:
-                with front.database.system() as session:
-                    session.query(ApiKey).one().revoked_at = 1.0
-            lines.append(line)
+
+    def revoke() -> None:
+        with front.database.system() as session:
+            session.query(ApiKey).one().revoked_at = 1.0
+
+    lines = streamed(front, key, revoke)
     assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "invalid_api_key"
     assert pool.left.wait(60)
