@@ -61,9 +61,8 @@ class Ledger:
             versions.append(record)
         else:
             versions[versions.index(known)] = record
-            versions.sort(
-                key=lambda one: one.version
-            )  # old weights may be the newest version again
+            # Old weights may be the newest version again.
+            versions.sort(key=lambda one: one.version)
         if known is None or _visible(known) != _visible(record):
             self._touch(record.model)
         self._tell(event)
@@ -93,5 +92,5 @@ class Ledger:
 
 def _visible(record: Record) -> tuple[object, ...]:
     """What an admission is made from."""
-    order = record.version
-    return order, record.state, record.healthy_until, record.on_quarantine, record.reason
+    kept = (record.version, record.state, record.healthy_until)
+    return *kept, record.on_quarantine, record.reason

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-#: Of a dataset that is trained on: some 5 GiB as the lists that they are held in.
+#: Of a dataset that is trained on: 2.5 GiB as the lists that they are held in (27 bytes a token,
+#: measured on 1.5 million of SmolLM2's).
 MOST_TOKENS = 100_000_000
 _REPORT_EVERY = 256
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
