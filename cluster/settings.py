@@ -85,6 +85,8 @@ class Settings(_Part):
             file system that all of them share.
         base_models: what is offered, by the name that tenants use.
         max_upload_bytes: of one file.
+        max_chat_answers: of one tenant at a time, in each API process. A replica takes 80: that
+            is half of one.
         compute_slots: training workers at a time over all tenants.
         intake_slots: jobs that are validated or screened at a time.
         adapter_cache_bytes: of published adapters on the disk of each machine that serves them.
@@ -98,6 +100,7 @@ class Settings(_Part):
         default_factory=lambda: {"smollm2-135m-aligned": BaseModelOffer(source="demo:aligned")}
     )
     max_upload_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30
+    max_chat_answers: Annotated[int, Field(ge=1)] = 40
     compute_slots: Annotated[int, Field(ge=1)] = 1
     intake_slots: Annotated[int, Field(ge=1)] = 1
     adapter_cache_bytes: Annotated[int, Field(ge=1)] = 8 * 2**30

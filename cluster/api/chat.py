@@ -6,15 +6,18 @@ Whose model it is, is decided here; whether it may answer, by the safety gate of
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from cluster.api.auth import Chatter, Credentials, known_caller
 from cluster.api.errors import invalid, told
 from cluster.api.models import published
+from cluster.api.open_answers import UntilSent
 from cluster.api.pools import Pool, passed_on, unavailable
 from cluster.api.services import Services, With
 from cluster.api_errors import ApiError
@@ -26,6 +29,7 @@ from cluster.tenancy.keys import Caller
 
 router = APIRouter(prefix="/v1", tags=["chat"])
 _LONGEST_NAME = 255
+_NUMBER = TypeAdapter(int)
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -48,28 +52,29 @@ _BODY: dict[str, Any] = {
 
 @router.post("/chat/completions", openapi_extra=_BODY)
 async def chat(
-    request: Request, services: With, caller: Chatter, credentials: Credentials
+    request: Request, services: With, caller: Chatter, credentials: Credentials, held: UntilSent
 ) -> Response:
     """The next turn of a conversation, whole or (`stream`) as server-sent events."""
-    return await _answered(request, services, caller, credentials)
+    return await _answered(request, services, caller, credentials, held)
 
 
 @router.post("/completions", openapi_extra=_BODY)
 async def completions(
-    request: Request, services: With, caller: Chatter, credentials: Credentials
+    request: Request, services: With, caller: Chatter, credentials: Credentials, held: UntilSent
 ) -> Response:
     """A text that goes on with the prompt."""
-    return await _answered(request, services, caller, credentials)
+    return await _answered(request, services, caller, credentials, held)
 
 
 async def _answered(
-    request: Request, services: Services, caller: Caller, credentials: Credentials
+    request: Request, services: Services, caller: Caller, credentials: Credentials, held: ExitStack
 ) -> Response:
     body = _object(await request.body())
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise invalid("model: must be the name of a model", "model")
     pool = await run_in_threadpool(_pool_of, services, caller, model)
+    held.enter_context(services.chats.held(caller.tenant_id, _answers(body)))
 
     def count(prompt_tokens: int, completion_tokens: int) -> None:
         if prompt_tokens:
@@ -82,6 +87,14 @@ async def _answered(
             raise told(error) from error
 
     return await passed_on(services.pools, pool, request, body, count, still_allowed)
+
+
+def _answers(body: dict[str, Any]) -> int:
+    """How many are asked for, read as the pool reads it, which refuses what is no number."""
+    try:
+        return max(1, _NUMBER.validate_python(body.get("n", 1)))
+    except ValidationError:
+        return 1
 
 
 def _object(content: bytes) -> dict[str, Any]:

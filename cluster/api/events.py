@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -13,12 +12,12 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from cluster.api.auth import Credentials, JobsReader, known_caller
 from cluster.api.errors import invalid
 from cluster.api.jobs import job_of
 from cluster.api.objects import event_number, event_object
+from cluster.api.open_answers import UntilSent
 from cluster.api.paging import After, listed
 from cluster.api.services import Services, With
 from cluster.api_errors import ApiError
@@ -28,7 +27,6 @@ from cluster.tenancy.keys import Caller
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 _BATCH = 100
-_MOST_STREAMS = 50  # of a tenant at a time, in this process
 _STILL_HERE_S = 15.0  # a comment so often, so that nothing between us closes a quiet connection
 
 
@@ -38,6 +36,7 @@ def list_events(
     services: With,
     caller: JobsReader,
     credentials: Credentials,
+    held: UntilSent,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     stream: bool = False,
@@ -59,37 +58,12 @@ def list_events(
             found = [event_object(event) for event in session.scalars(query)]
             return JSONResponse(listed(found[:limit], len(found) > limit))
     begin = _number(job_id, last_event_id, "Last-Event-ID") or number or 0
-    return _Stream(
-        services.streams, caller.tenant_id, _follow(services, credentials, job_id, begin)
+    held.enter_context(services.streams.held(caller.tenant_id))  # each asks the database for ever
+    return StreamingResponse(
+        _follow(services, credentials, job_id, begin),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
-
-
-class _Stream(StreamingResponse):
-    """One of the few that a tenant may have open: each looks into the database again and again.
-
-    Counted while it is sent and not before, so that it is given back however it ends.
-    """
-
-    def __init__(self, streams: Counter[str], tenant: str, content: AsyncIterator[str]) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(content, media_type="text/event-stream", headers=headers)
-        self._streams, self._tenant = streams, tenant
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._streams[self._tenant] >= _MOST_STREAMS:
-            raise ApiError(
-                429,
-                f"{_MOST_STREAMS} event streams are open; close one, or ask without `stream`",
-                code="too_many_streams",
-                headers={"Retry-After": "5"},
-            )
-        self._streams[self._tenant] += 1
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._streams[self._tenant] -= 1
-            if not self._streams[self._tenant]:
-                del self._streams[self._tenant]
 
 
 def _number(job_id: str, event: str | None, param: str) -> int | None:

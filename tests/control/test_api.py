@@ -265,7 +265,7 @@ def test_a_stream_ends_with_the_key(lite: Api) -> None:
 def test_a_tenants_streams_are_bounded_and_each_is_given_back_however_it_ends(
     lite: Api, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr(events, "_MOST_STREAMS", 2)
+    lite.services.streams.most = 2
     clients = [lite.tenant(tenant) for tenant in ("ten_a", "ten_b")]
     jobs = [submit(client).id for client in clients]
 

@@ -33,6 +33,7 @@ from tests.control.server import Api, running_api, serve
 from tests.serving_world import SECRET, TOKEN
 
 USER: Any = [{"role": "user", "content": "What is a cat?"}]
+_USED = b'{"usage": {"prompt_tokens": 1, "completion_tokens": 1}}'
 BRIEF: Any = {"messages": USER, "max_tokens": 4, "temperature": 0}
 
 
@@ -479,7 +480,7 @@ class Pool:
     """A serving pool of which a test plays what it says. An ASGI application."""
 
     def __init__(self) -> None:
-        self.left, self.asked = threading.Event(), threading.Event()
+        self.left, self.asked, self.answer = (threading.Event() for _ in range(3))
         self.blocks: list[bytes] = []
         self.pause_s = 0.0
 
@@ -498,7 +499,13 @@ class Pool:
                 return
         if self.blocks:
             raise RuntimeError("the pool is killed here")
-        await leaving
+        while not leaving.done():
+            if self.answer.is_set():
+                headers = [(b"content-type", b"application/json")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": _USED})
+                return
+            await asyncio.sleep(0.01)
 
     async def _left(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -527,13 +534,13 @@ def front(pool: Pool, sqlite_url: str, tmp_path: Path) -> Iterator[Api]:
     database.close()
 
 
-def raw_request(front: Api, content: bytes) -> bytes:
+def raw_request(front: Api, key: str, content: bytes) -> bytes:
     """A request for a chat, to be sent by hand."""
     address = httpx.URL(front.url).netloc.decode()
     lines = [
         "POST /v1/chat/completions HTTP/1.1",
         f"Host: {address}",
-        f"Authorization: Bearer {front.tenant('ten_a').api_key}",
+        f"Authorization: Bearer {key}",
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",
     ]
@@ -548,9 +555,41 @@ def connected(front: Api) -> socket.socket:
 def test_a_client_that_leaves_before_the_answer_is_told_to_the_pool(front: Api, pool: Pool) -> None:
     content = json.dumps({"model": "base", **BRIEF}).encode()
     with connected(front) as client:
-        client.sendall(raw_request(front, content))
+        client.sendall(raw_request(front, front.tenant("ten_a").api_key, content))
         assert pool.asked.wait(60)
     assert pool.left.wait(60)
+
+
+@pytest.mark.parametrize("end", ["left", "answered"])
+def test_a_tenants_answers_are_bounded_and_each_is_given_back_however_it_ends(
+    front: Api, pool: Pool, end: str
+) -> None:
+    chats = front.services.chats
+    chats.most = 3
+    key, other = front.tenant("ten_a").api_key, front.tenant("ten_b").api_key
+
+    def post(key: str, n: Any) -> httpx.Response:
+        headers, body = {"Authorization": f"Bearer {key}"}, {"model": "base", **BRIEF, "n": n}
+        return httpx.post(f"{front.url}/v1/chat/completions", json=body, headers=headers)
+
+    with connected(front) as client:
+        content = json.dumps({"model": "base", **BRIEF, "n": 2}).encode()
+        client.sendall(raw_request(front, key, content))
+        assert pool.asked.wait(60) and len(chats) == 2
+        if end == "answered":
+            pool.answer.set()
+            assert client.recv(4)
+    waited(lambda: not chats)  # the server notices a closed connection on its own time
+    pool.answer.set()
+    with chats.held("ten_a", 2):
+        for n in (2, "2", 2.0, 128):  # as the pool would read it
+            found = post(key, n)
+            assert (found.status_code, found.headers["retry-after"]) == (429, "5")
+            assert found.json()["error"]["code"] == "too_many_answers"
+        for n in (1, True, None, "many"):  # one, or the pool's to refuse
+            assert post(key, n).status_code == 200
+        assert post(other, 2).status_code == 200
+    waited(lambda: not chats)
 
 
 def test_a_client_that_leaves_before_its_request_is_whole_is_no_fault_of_the_server(
