@@ -242,6 +242,8 @@ def test_the_review_command_decides_and_needs_a_yes_or_a_no(
     assert done.exit_code == 0, done.output
     decision = read_decision(where, verdict)
     assert decision is not None and decision.decision == "accepted"
+    again = CliRunner().invoke(app, [*said, "--reject"])  # a person sees what was decided on
+    assert f"decided on: {verdict.reason}" in again.output.replace("\n", " ")
 
 
 def test_the_screen_command_knows_every_verdict_and_every_way_with_risky_rows() -> None:

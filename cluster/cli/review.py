@@ -22,9 +22,12 @@ def review(
 ) -> None:
     """Accept or reject a dataset whose verdict is "review"; the job is then submitted again."""
     from jobs.review import record_decision
+    from jobs.verdict import read_verdict
 
+    verdict = read_verdict(directory)
     made = record_decision(directory, "accepted" if accept else "rejected", reviewer, reason)
     if as_json:
         print_json(made.model_dump(mode="json"))
     else:
         out.print(f"{made.decision} by {escape(made.reviewer)}: {escape(made.reason)}")
+        out.print(f"decided on: {verdict.reason}")
