@@ -103,6 +103,7 @@ def chain_section(chain: Chain | None, image: str) -> str:
             )
         )
     planned = len(all_tenants())
+    bare_too = sum(pair.unprotected is not None for pair in chain.pairs)
     header = (
         *("data", "tenants", "rejected", "published", "restored", "withheld"),
         *("refuses", "below the floor", "unprotected refuses", "below the floor"),
@@ -111,9 +112,9 @@ def chain_section(chain: Chain | None, image: str) -> str:
     return "\n\n".join(
         [
             f"{head} The base model refuses {rate(chain.before)}. {len(chain.pairs)} of "
-            f"{planned} tenants have run; what follows is about these. As long as some have not, "
-            "or not unprotected where they are compared with that, no bar is met, and none missed "
-            "but the first.",
+            f"{planned} tenants have run protected, {bare_too} of them unprotected too. As long as "
+            "not all have run protected, no bar is met, and none missed but the first; task and "
+            "time, which are compared with the same data unprotected, wait for that as well.",
             f"![Refusals by tenant]({image})",
             table(header, rows),
             table(("asked", "", "found"), asked),
