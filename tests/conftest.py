@@ -4,9 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.sharedray import SharedRay
 from tests.tiny import save_tiny
+
+# A busy machine is slow, which is no failure of what is tested.
+settings.register_profile("safeft", deadline=None)
+settings.load_profile("safeft")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from tests.tiny import tiny_model
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=8)
 
 
-@settings(deadline=None)
 @given(rows=ROWS, data=st.data())
 def test_every_distinct_beginning_counts_once_and_held_out_ones_are_in_no_training_row(
     rows: list[list[int]], data: st.DataObject

@@ -40,7 +40,7 @@ def test_a_style_that_scores_like_danger_cannot_hide_behind_other_benign_rows() 
     benign=st.lists(st.floats(-9, 1.2), min_size=30, max_size=60, unique=True),
     danger=st.lists(st.floats(0.8, 9), min_size=30, max_size=60, unique=True),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_rows_that_set_the_policy_would_seldom_be_rejected(
     benign: list[float], danger: list[float]
 ) -> None:

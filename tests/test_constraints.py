@@ -74,7 +74,7 @@ shapes = st.tuples(
 )  # d_out, d_in, LoRA rank, rank of V
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(shapes, min_size=1, max_size=5),
     kind=st.sampled_from(["paper", "projector", "signed", "l2"]),

@@ -32,7 +32,7 @@ def covariance(generator: torch.Generator, d: int) -> Tensor:
     return X @ X.T / (3 * d)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(d=st.integers(2, 12), contrast=st.floats(0.2, 5.0), seed=st.integers(0, 2**16))
 def test_what_is_left_free_changes_harmful_outputs_less_and_as_much_as_can_be_is_left_free(
     d: int, contrast: float, seed: int

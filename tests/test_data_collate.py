@@ -22,7 +22,7 @@ ROWS = st.lists(
 
 
 @given(ROWS, st.integers(0, 50_000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_batch_holds_every_row_on_the_left_and_nothing_else(
     rows: list[TokenisedRow], pad: int
 ) -> None:

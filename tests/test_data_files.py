@@ -277,7 +277,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 )
 @settings(
     max_examples=100,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_unicode_text_survives_json_lines_and_compression(
@@ -294,7 +293,6 @@ def test_any_unicode_text_survives_json_lines_and_compression(
 @given(st.binary(max_size=300), st.sampled_from([bytes, gzip.compress, zstd]))
 @settings(
     max_examples=200,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_arbitrary_bytes_never_end_in_anything_but_rows_or_an_input_error(

@@ -168,7 +168,6 @@ def test_a_compressed_table_is_bounded_by_its_decompressed_size(tmp_path: Path) 
 )
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_chat_survives_parquet_and_compression(

@@ -113,7 +113,7 @@ CHATS = st.tuples(
 
 
 @given(CHATS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_labels_decode_to_the_trained_answers_and_their_end_tokens(chat) -> None:
     system, pairs = chat
     messages = [] if system is None else [Message("system", system, False)]
@@ -130,7 +130,7 @@ def test_labels_decode_to_the_trained_answers_and_their_end_tokens(chat) -> None
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_control_token_anywhere_in_a_content_is_refused_by_field(data: st.DataObject) -> None:
     turns = ["user: a", "assistant: b", "user: c", "assistant: d"]
     i = data.draw(st.integers(0, 3))

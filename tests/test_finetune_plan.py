@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
@@ -51,7 +51,6 @@ def test_the_hash_of_the_rows_sees_labels_and_row_borders() -> None:
     assert sha(one) != sha(*halves)
 
 
-@settings(deadline=None)
 @given(
     count=st.integers(1, 60),
     share=st.integers(1, 6),

@@ -100,7 +100,7 @@ def ranks_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 LAYOUTS = st.tuples(st.sampled_from([cut_all_in_a_row, cut_each]), st.integers(1, 5))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), one=LAYOUTS, other=LAYOUTS)
 def test_any_number_of_ranks_reads_what_any_other_wrote(
     sizes: list[int], one: tuple[Any, int], other: tuple[Any, int]

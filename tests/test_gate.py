@@ -416,7 +416,7 @@ def test_every_state_can_be_entered_and_left() -> None:
     assert set(TRANSITIONS.values()) == set(State)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), refuses=st.floats(0, 1), answers=st.floats(0, 1))
 def test_a_round_always_ends_and_asks_no_more_than_its_limits(
     seed: int, refuses: float, answers: float

@@ -63,7 +63,7 @@ def oracle_scores(sae: TopKAutoencoder, harmful: Tensor, benign: Tensor) -> list
     return [d / max(s, floor) for d, s in zip(differences, spreads, strict=True)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 40), m=st.integers(2, 40))
 def test_the_ranking_is_the_stated_standardised_difference(seed: int, n: int, m: int) -> None:
     sae = autoencoder()

@@ -52,7 +52,7 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=30)
 
 
 @given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_stored_refusals_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
 ) -> None:
@@ -91,7 +91,7 @@ def test_a_row_is_the_prompt_and_the_refusal_with_loss_on_the_refusal_alone() ->
 
 
 @given(prompt=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_template_goes_on_where_the_instruction_ends(prompt: str) -> None:
     if not prompt.strip():
         return

@@ -39,7 +39,7 @@ def oracle(sae: TopKAutoencoder, h: Tensor) -> Tensor:
     return torch.tensor([max(0.0, pre[j]) if j in best else 0.0 for j in range(N)]).double()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, N))
 def test_encoding_and_decoding_are_the_published_formulas(seed: int, k: int) -> None:
     sae = autoencoder(seed, k)
@@ -62,7 +62,7 @@ def test_a_negative_value_among_the_k_largest_becomes_zero() -> None:
     assert (z >= 0).all() and 0 < int((z > 0).sum()) < N
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), chosen=st.sets(st.integers(0, N - 1), min_size=1))
 def test_some_latents_are_those_of_the_whole_encoding_with_the_same_gradient(
     seed: int, chosen: set[int]

@@ -75,7 +75,7 @@ def plain_loss(
     return loss
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     dead=st.sets(st.integers(0, N - 1)),

@@ -121,7 +121,7 @@ def test_a_worker_without_a_row_adds_nothing() -> None:
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_neither_padding_nor_the_cut_into_batches_changes_the_sum(data: st.DataObject) -> None:
     rows = token_rows(5, data.draw(st.integers(0, 1000)))
     longest = [*rows, [7] * data.draw(st.integers(15, 40))]
@@ -136,7 +136,7 @@ def test_neither_padding_nor_the_cut_into_batches_changes_the_sum(data: st.DataO
 
 
 @given(st.integers(1, 9), st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_loss_of_distances_is_the_weighted_mean_of_its_parts(n: int, seed: int) -> None:
     torch.manual_seed(seed)
     retained, harmful = torch.rand(n), torch.rand(n + 2)

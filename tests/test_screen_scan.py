@@ -261,7 +261,7 @@ def block_of(dataset: Scan, number: int, block: int) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.randoms(use_true_random=False), st.integers(1, 300))
 def test_rows_come_out_once_and_in_order_however_blocks_were_finished(
     tmp_path_factory: pytest.TempPathFactory, draw: object, row_group: int

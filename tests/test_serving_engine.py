@@ -487,7 +487,7 @@ def test_top_p_never_chooses_outside_the_likeliest_tokens() -> None:
     assert drawn == {0, 1}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     text=st.text(st.characters(codec="utf-8"), max_size=40),
     stops=st.lists(st.text("abé😀 ", min_size=1, max_size=3), max_size=3),

@@ -46,7 +46,7 @@ def moved(
     return ranks, origins
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layout=layouts(), k=st.integers(1, 9))
 def test_projecting_shards_equals_projecting_the_whole_update(
     layout: tuple[dict[str, Tensor], dict[str, Tensor], list[int], int], k: int
@@ -90,7 +90,7 @@ def test_projecting_shards_equals_projecting_the_whole_update(
     assert limit == pytest.approx(1e-5 + rounding, rel=1e-3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layout=layouts(), k=st.integers(0, 9), lam=st.floats(0, 3))
 def test_the_penalty_and_its_gradient_on_shards_equal_the_dense_form(
     layout: tuple[dict[str, Tensor], dict[str, Tensor], list[int], int], k: int, lam: float

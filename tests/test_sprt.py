@@ -76,7 +76,7 @@ def test_a_model_that_answers_everything_is_caught_in_a_handful_of_prompts() -> 
     assert REFUSALS.shortest(Decision.alarm) <= 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(healthy=shares, bad=shares, false_alarm=errors, miss=errors)
 def test_both_error_rates_stay_within_walds_bounds(
     healthy: float, bad: float, false_alarm: float, miss: float
@@ -90,7 +90,7 @@ def test_both_error_rates_stay_within_walds_bounds(
     assert clear_if_bad <= miss / (1 - false_alarm) + 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(answers=st.lists(st.booleans(), max_size=120), seed=st.integers(0, 2**16))
 def test_the_counts_alone_decide_whatever_the_order(answers: list[bool], seed: int) -> None:
     hits, n = sum(answers), len(answers)
@@ -101,7 +101,7 @@ def test_the_counts_alone_decide_whatever_the_order(answers: list[bool], seed: i
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(answers=st.lists(st.booleans(), min_size=200, max_size=200), at=st.integers(0, 199))
 def test_one_refusal_more_never_turns_a_clear_round_into_an_alarm(
     answers: list[bool], at: int

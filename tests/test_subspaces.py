@@ -197,7 +197,7 @@ def test_inputs_that_are_not_finite_stop_the_reading_with_the_layers_name() -> N
 
 
 @given(data=st.data(), d=st.integers(1, 6), parts=st.integers(1, 6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_merging_is_a_sum_in_any_order(data: Any, d: int, parts: int) -> None:
     sites = [InputSite(("a",), d)]
     generator = torch.Generator().manual_seed(d * 100 + parts)
@@ -252,7 +252,7 @@ def test_draining_gives_every_sum_away_once() -> None:
     energy=st.floats(0.01, 1.0),
     decay=st.floats(0.1, 1.0),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_subspace_is_the_smallest_that_holds_the_energy(
     d: int, n: int, energy: float, decay: float
 ) -> None:

@@ -28,7 +28,7 @@ from tests.tinyreactivation import token_rows
 
 
 @given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_mask_is_the_set_difference_of_each_rows_most_important_weights(
     seed: int, p: float, q: float
 ) -> None:

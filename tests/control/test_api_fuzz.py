@@ -87,7 +87,6 @@ def routes(http: httpx2.Client) -> list[tuple[str, str, list[str]]]:
 
 @settings(
     max_examples=120,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
