@@ -14,9 +14,11 @@ from sqlalchemy.exc import DBAPIError
 from cluster.gate.policy import Policy, Round
 from cluster.gate.record import Event, Record
 from cluster.gate.states import State
+from cluster.write_ahead import use_write_ahead_log
 from safeft.errors import SafeftError
 from safeft.sprt import SPRT
 
+_BUSY_TIMEOUT_S = 5.0  # the driver's own, of every other statement
 _tables = sa.MetaData()
 _records = sa.Table(
     "gate_records",
@@ -163,7 +165,7 @@ def sqlite_engine(file: Path) -> sa.Engine:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+    use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
     connection.execute("PRAGMA synchronous=FULL")  # a quarantine outlives a power cut
 
 

@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 from cluster.state.group_commit import GroupCommit
 from cluster.state.sessions import TenantSession
 from cluster.state.turns import Turns
+from cluster.write_ahead import use_write_ahead_log
 from safeft.errors import InputError, SafeftError
 
 if TYPE_CHECKING:  # only who uses PostgreSQL loads its driver
@@ -231,7 +232,7 @@ def _check_postgres(connection: PostgresConnection[Any], *_: Any) -> None:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.isolation_level = None  # the driver starts no transaction; _begin_sqlite does
-    connection.execute("PRAGMA journal_mode=WAL")
+    use_write_ahead_log(connection, _BUSY_TIMEOUT_S)
     # An answered request is on the disk, also when the power goes: GroupCommit sees to it.
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")
