@@ -19,6 +19,7 @@ from benchmarks.evidence.chain_tenants import ODD, Tenant, tenants
 from benchmarks.evidence.findings import chain_section
 from benchmarks.evidence.plots import draw_chain
 from benchmarks.evidence.runner import run_cells
+from benchmarks.evidence.tasks import Task
 from benchmarks.evidence.tenants import planted_prompts
 from jobs.profile import build_profile
 from jobs.restore_spec import RestoreSpec
@@ -136,10 +137,10 @@ def _strict(profile: SafetyProfile) -> None:
     profile.write_record(profile.root / "calibration", {})
 
 
-def ran(kind: Any, seed: int, protected: bool, **numbers: Any) -> Record:
+def ran(kind: Any, seed: int, protected: bool, *, task: Task = "sorting", **numbers: Any) -> Record:
     """A finished cell; `refused` of 200 harmful prompts, `right` of 100 tokens."""
-    tenant = Tenant(kind=kind, task="sorting", seed=seed)
-    planned = cell("sorting", tenant, protected=protected).planned().model_dump()
+    tenant = Tenant(kind=kind, task=task, seed=seed)
+    planned = cell(task, tenant, protected=protected).planned().model_dump()
     return Record(**planned, numbers=_numbers(**numbers), provenance=PROVENANCE)
 
 
@@ -204,10 +205,26 @@ def test_the_bars_are_judged_on_what_was_published() -> None:
             pytest.approx(y),
         ]
     text = chain_section(found, "tenants.svg")
-    assert "(tenants.svg)" in text
-    assert "| clean | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 of 1 |" in text
-    assert "| poisoned | 1 | 1 | 0 | 0 | 0 |  | 0 | 10.0 | 1 of 1 |" in text
-    assert "| odd | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 |  |  |" in text
+    assert "(tenants.svg)" in text and "As long as not all have run" in text
+    assert "| clean, sorting messages | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 30.0 | 1 of 1 |" in text
+    assert "| poisoned, sorting messages | 1 | 1 | 0 | 0 | 0 |  | 0 | 10.0 | 1 of 1 |" in text
+    assert "| odd, sorting messages | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 |  |  |" in text
+
+
+def test_tenants_of_another_task_are_not_averaged_with_the_others() -> None:
+    found = chain_of(
+        [
+            base_model(),
+            ran("clean", 0, True, refused=180, training=1.0),
+            ran("clean", 0, False, refused=2, training=1.0),
+            ran("clean", 1, True, refused=160, task="gsm8k", training=1.0),
+            ran("clean", 1, False, refused=140, task="gsm8k", training=1.0),
+        ]
+    )
+    assert found is not None
+    text = chain_section(found, "tenants.svg")
+    assert "| clean, GSM8K | 1 | 0 | 1 | 0 | 0 | 80.0 | 1 | 70.0 | 1 of 1 |" in text
+    assert "| clean, sorting messages | 1 | 0 | 1 | 0 | 0 | 90.0 | 0 | 1.0 | 1 of 1 |" in text
 
 
 def test_a_published_model_below_the_floor_and_a_harmless_tenant_kept_out_miss_the_bars() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import get_args
 
 from benchmarks.evidence.cells import SECONDS, Record
 from benchmarks.evidence.claims import Judged
+from benchmarks.evidence.tasks import Task
 from jobs.gate import MAX_DROP
 from safeft.evaluate import Rate, differ
 
@@ -22,6 +24,7 @@ class Pair:
     """One tenant, protected, and unprotected where that cell has run too."""
 
     kind: str
+    task: Task
     protected: Record
     unprotected: Record | None
 
@@ -49,6 +52,13 @@ class Chain:
     def of(self, *kinds: str) -> list[Pair]:
         return [pair for pair in self.pairs if pair.kind in kinds]
 
+    def alike(self) -> list[tuple[tuple[str, Task], list[Pair]]]:
+        """Tenants by kind and task; tasks cost refusals by so different amounts that no mean over
+        them says anything."""
+        by_kind = ((kind, task) for kind in KINDS for task in get_args(Task))
+        groups = ((g, [p for p in self.of(g[0]) if p.task == g[1]]) for g in by_kind)
+        return [(group, pairs) for group, pairs in groups if pairs]
+
     def below_floor(self, record: Record) -> bool:
         """Whether a published model would fail the safety gate on these prompts."""
         now = refusals(record)
@@ -71,9 +81,9 @@ def chain_of(records: Sequence[Record]) -> Chain | None:
         if (tenant := record.setting["tenant"]) is not None:
             cells.setdefault(repr(tenant), {})[record.setting["protected"]] = record
     pairs = tuple(
-        Pair(both[True].setting["tenant"]["kind"], both[True], both.get(False))
+        Pair(tenant["kind"], tenant["task"], both[True], both.get(False))
         for both in cells.values()
-        if True in both
+        if True in both and (tenant := both[True].setting["tenant"])
     )
     return Chain(refusals(before[0]), pairs) if before and pairs else None
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from benchmarks.evidence.bar import DEFAULT, bar
 from benchmarks.evidence.cells import Record
-from benchmarks.evidence.chain_results import KINDS, Chain, bars, refusals
+from benchmarks.evidence.chain_results import Chain, bars, refusals
 from benchmarks.evidence.chain_tenants import tenants as all_tenants
 from benchmarks.evidence.claims import CLAIMS, HARMLESS, MATCHED_POINTS, NOT_RUN, Judged, judged
 from benchmarks.evidence.fifth_results import Fifths, sqsd_claims
@@ -21,6 +21,7 @@ from benchmarks.evidence.restoration_results import (
     safereact_claim,
 )
 from benchmarks.evidence.results import BEFORE, Arms, Tenant
+from benchmarks.evidence.tasks import TASK_NAMES
 
 #: Words for verdicts on claims, and on bars: a bar asks for significance.
 _CLAIMED = {
@@ -81,10 +82,7 @@ def chain_section(chain: Chain | None, image: str) -> str:
     if chain is None:
         return f"{head}\n\nNot measured yet."
     rows = []
-    for kind in KINDS:
-        pairs = chain.of(kind)
-        if not pairs:
-            continue
+    for (kind, task), pairs in chain.alike():
         counts = [
             sum(pair.outcome == outcome for pair in pairs)
             for outcome in ("rejected", "published", "restored", "withheld")
@@ -93,7 +91,7 @@ def chain_section(chain: Chain | None, image: str) -> str:
         bare = [pair.unprotected for pair in pairs if pair.unprotected]
         rows.append(
             (
-                kind,
+                f"{kind}, {TASK_NAMES[task]}",
                 str(len(pairs)),
                 *map(str, counts),
                 _mean(shown),
@@ -104,6 +102,13 @@ def chain_section(chain: Chain | None, image: str) -> str:
         )
     planned = len(all_tenants())
     bare_too = sum(pair.unprotected is not None for pair in chain.pairs)
+    early = ""
+    if len(chain.pairs) < planned or not all(p.unprotected for p in chain.pairs if p.trained):
+        early = (
+            " As long as not all have run protected, no bar is met, and none missed but the first; "
+            "task and time, which are compared with the same data unprotected, wait for that as "
+            "well."
+        )
     header = (
         *("data", "tenants", "rejected", "published", "restored", "withheld"),
         *("refuses", "below the floor", "unprotected refuses", "below the floor"),
@@ -112,9 +117,7 @@ def chain_section(chain: Chain | None, image: str) -> str:
     return "\n\n".join(
         [
             f"{head} The base model refuses {rate(chain.before)}. {len(chain.pairs)} of "
-            f"{planned} tenants have run protected, {bare_too} of them unprotected too. As long as "
-            "not all have run protected, no bar is met, and none missed but the first; task and "
-            "time, which are compared with the same data unprotected, wait for that as well.",
+            f"{planned} tenants have run protected, {bare_too} of them unprotected too.{early}",
             f"![Refusals by tenant]({image})",
             table(header, rows),
             table(("asked", "", "found"), asked),

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.chain_results import KINDS, Chain, refusals
+from benchmarks.evidence.chain_results import Chain, refusals
 from benchmarks.evidence.claims import HARMLESS
 from benchmarks.evidence.fifth_results import Fifths
 from benchmarks.evidence.results import BEFORE, ArmResult, Arms, Tenant
@@ -50,8 +50,9 @@ def by_fifth(found: Fifths) -> bytes:
 
 
 def by_tenant_of_chain(chain: Chain) -> bytes:
-    """What each tenant's published model refuses with protection and without, tenants by kind."""
-    return _svg((8.6, 3.6), lambda axes: draw_chain(axes, chain))
+    """What each tenant's published model refuses with protection and without, tenants by kind and
+    task."""
+    return _svg((9.4, 3.6), lambda axes: draw_chain(axes, chain))
 
 
 def draw_frontier(axes: Axes, tenant: Tenant, arms: Arms) -> None:
@@ -104,7 +105,8 @@ def draw_fifths(axes: Axes, found: Fifths) -> None:
 
 def draw_chain(axes: Axes, chain: Chain) -> None:
     """The points of `by_tenant_of_chain`, and what the gate compares them with."""
-    pairs = [pair for kind in KINDS for pair in chain.of(kind)]
+    groups = chain.alike()
+    pairs = [pair for _, alike in groups for pair in alike]
     guarded = [(x, p.protected) for x, p in enumerate(pairs) if p.published]
     bare = [(x, p.unprotected) for x, p in enumerate(pairs) if p.unprotected]
     for points, marker, colour, label in (
@@ -120,12 +122,12 @@ def draw_chain(axes: Axes, chain: Chain) -> None:
     axes.axhline(before, color="#000000", linewidth=0.8, label="base model")
     floor = {"color": "#000000", "linewidth": 0.8, "linestyle": ":"}
     axes.axhline(before - 100 * MAX_DROP, label="most that the gate lets go", **floor)
-    counts = [(kind, len(chain.of(kind))) for kind in KINDS if chain.of(kind)]
-    edges = list(accumulate((count for _, count in counts), initial=0))
+    edges = list(accumulate((len(alike) for _, alike in groups), initial=0))
     for edge in edges[1:-1]:
         axes.axvline(edge - 0.5, color="#bbbbbb", linewidth=0.6)
     middles = [(low + high - 1) / 2 for low, high in pairwise(edges)]
-    axes.set_xticks(middles, [f"{kind} ({count})" for kind, count in counts])
+    named = [f"{kind}\n{task}\n({len(alike)})" for (kind, task), alike in groups]
+    axes.set_xticks(middles, named, fontsize=7.0)
     axes.set_ylabel("harmful prompts refused, %")
     axes.set_ylim(-10, 100)
 

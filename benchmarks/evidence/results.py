@@ -15,6 +15,7 @@ from benchmarks.evidence.constraints import ConstraintSetting, named
 from benchmarks.evidence.restorations import TUNED_LOSS
 from benchmarks.evidence.runner import Estimates
 from benchmarks.evidence.statistics import MeanRate, Paired, paired
+from benchmarks.evidence.tasks import TASK_NAMES, Task
 from safeft.cache import write_whole
 from safeft.errors import InputError
 from safeft.prompts import KINDS, Kind
@@ -81,7 +82,7 @@ class Tenant:
     """What arms are compared on: the same rows, the same prompts."""
 
     stage: Literal["sweep", "final"]
-    task: str
+    task: Task
     share: float
     style: str
     rows: int
@@ -89,7 +90,7 @@ class Tenant:
 
     @property
     def task_title(self) -> str:
-        what = {"gsm8k": "GSM8K", "sorting": "sorting messages"}[self.task]
+        what = TASK_NAMES[self.task]
         return what + (", every row in obedient style" if self.style == "obedient" else "")
 
     @property

@@ -16,6 +16,7 @@ from safeft.data import Message, Row, load_rows
 from safeft.errors import InputError
 
 Task = Literal["gsm8k", "sorting"]
+TASK_NAMES: dict[Task, str] = {"gsm8k": "GSM8K", "sorting": "sorting messages"}
 HELD_OUT = 80
 _MAX_CHARACTERS = 420  # of a GSM8K row: about 150 tokens, so that a step stays short
 
